@@ -1,0 +1,71 @@
+# Every goal sets itself up: a fresh clone needs Python 3.10 or later, make and git.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+JOBS   ?= 2
+ROOMS  := $(sort $(shell find nbs -name '*.ipynb' -not -path '*/.*'))
+
+# One thread for each of the parallel workers: more only makes them fight for the cores.
+QUIET  := OMP_NUM_THREADS=1 IN_TEST=1
+# Warnings of libraries to their developers, kept out of saved outputs.
+QUIET  += PYTHONWARNINGS='ignore:IProgress not found,ignore:`torch.jit,ignore::DeprecationWarning'
+
+.PHONY: help setup test gate notebooks outputs pytest docs demo slow bench clean
+
+help:
+	@echo "make demo   train on solar cells (or digits), print the table, write the plots: at most five minutes"
+	@echo "make test   all that is checked before a change goes in"
+	@echo "make outputs NB=nbs/20_train.schedule.ipynb   run a notebook, keep its outputs, write its module"
+	@echo "make slow   the long tests and the slow cells of notebooks"
+	@echo "make docs   the site, in docs/_build/html"
+	@echo "make bench  what importing ftlib costs beside fastai"
+	@echo "make clean  remove what the others made, the environment too"
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.cfg
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else f"ftlib wants Python 3.10 or later; $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	@touch $@
+
+test: gate
+	$(MAKE) notebooks
+	$(MAKE) docs
+	$(MAKE) pytest
+
+gate: $(READY)
+	$(BIN)/python .ci/gate.py
+
+notebooks: $(READY)
+	@test -n "$(ROOMS)" || { echo "no notebook under nbs/: nothing would be run"; exit 1; }
+	$(QUIET) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -q -n $(JOBS) $(ROOMS)
+
+outputs: $(READY)
+	@test -n "$(NB)" || { echo "which? make outputs NB=nbs/20_train.schedule.ipynb"; exit 1; }
+	$(BIN)/nbdev-export
+	$(QUIET) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -q --overwrite $(NB)
+	for nb in $(NB); do $(BIN)/nbdev-clean --fname $$nb; done
+	$(BIN)/python docs/readme.py
+
+pytest: $(READY)
+	$(QUIET) $(BIN)/python -m pytest -q -n $(JOBS) tests
+
+docs: $(READY)
+	$(QUIET) $(BIN)/python docs/pages.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs docs/pages docs/_build/html
+	@echo "docs: open docs/_build/html/index.html"
+
+demo: $(READY)
+	$(BIN)/ftlib demo
+
+slow: $(READY)
+	$(QUIET) $(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/nbdev-test --flags slow --n-workers 1 --timing
+
+bench: $(READY)
+	$(BIN)/python bench/import_time.py
+
+clean:
+	rm -rf $(VENV) build dist ftlib.egg-info docs/_build docs/pages runs _proc .pytest_cache

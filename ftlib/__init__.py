@@ -1,0 +1,63 @@
+"""Fine-tune image classifiers in a notebook, on fastai, and trust the result.
+
+`from ftlib import *` stands in for `from fastai.vision.all import *`: all of its names, ftlib's in place of those that it improves.
+Names are loaded when the first of them is asked for, so that `ftlib --help` and `import ftlib.cli` wait for no torch.
+"""
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING: from fastai.vision.all import *  # noqa: F403
+
+# What users write, by room, in the order of the way through; ours win over fastai's.
+_ROOMS = {
+    "data.pictures": "DataError",
+    "data.sources": "read_source",
+    "data.splits": "skew",
+    "data.images": "image_data ImageData",
+    "data.audit": "audit",
+    "data.audit": "audit",
+    "models.network": "Network",
+    "models.weights": "WeightsError",
+    "models.arch": "ArchError backbones",
+    "models.backbone": "backbone create_network",
+    "models.cnn": "cnn",
+    "train.schedule": "RateError Constant Step Exponential Cosine Linear Warmup OneCycle FlatCosine ReduceLROnPlateau",
+    "train.optimizer": "TorchOptimizer",
+    "train.lr_curve": "LRCurve CurveError",
+    "train.learner": "Learner TrainError",
+    "train.vision": "vision_learner",
+    "recipe": "fine_tune_run Run RunError RunFailed per_class plot_per_class",
+}
+
+
+def _public(module):
+    "The names that `from module import *` brings"
+    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    return {n: getattr(module, n) for n in names}
+
+
+def _load():
+    "fastai's names, then ours, into this module"
+    found = _public(import_module("fastai.vision.all"))
+    for room, names in _ROOMS.items():
+        module = import_module(f"ftlib.{room}")
+        found |= {n: getattr(module, n) for n in names.split()}
+    globals().update(found, __all__=list(found))
+
+
+def __getattr__(name):
+    "Called for a name that is not here yet: loads them all, once"
+    if "__all__" in globals() or (name.startswith("__") and name != "__all__"):
+        raise AttributeError(f"module 'ftlib' has no attribute {name!r}")
+    _load()
+    if name not in globals(): raise AttributeError(f"module 'ftlib' has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__():
+    "Every name, for completion"
+    if "__all__" not in globals(): _load()
+    return sorted(globals())

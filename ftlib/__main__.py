@@ -1,0 +1,7 @@
+"""`python -m ftlib` is the command `ftlib`."""
+
+import sys
+
+from ftlib.cli import main
+
+if __name__ == "__main__": sys.exit(main())

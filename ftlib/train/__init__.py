@@ -1,0 +1,1 @@
+"""From network and batches to a trained network: rates, schedules, freezing, history."""

@@ -1,0 +1,146 @@
+"""Each command as the shell runs it, on a small folder of made pictures: what it prints, writes and exits with."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+SMALL = "--arch cnn --size 32 --bs 8".split()
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    "A folder of two classes: stripes that lie, stripes that stand"
+    folder, rng = tmp_path_factory.mktemp("pictures") / "stripes", np.random.default_rng(0)
+    for label in ("lying", "standing"):
+        (folder / label).mkdir(parents=True)
+        for i in range(24):
+            wave = np.sin(np.arange(32) / rng.uniform(1, 2) + rng.uniform(0, 6))
+            grid = np.broadcast_to(wave[:, None] if label == "lying" else wave, (32, 32))
+            pixels = 128 + 80 * grid + rng.normal(0, 20, (32, 32))
+            Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / label / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture
+def shell(root, tmp_path):
+    "Runs `python -m ftlib ARGS` in an empty folder; gives the finished process"
+    def run(*args, **env):
+        env = {**os.environ, "PYTHONPATH": str(root), "MPLBACKEND": "agg", **env}
+        return subprocess.run([sys.executable, "-m", "ftlib", *map(str, args)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    run.folder = tmp_path
+    return run
+
+
+def check(done, code):
+    "The exit code, with what was printed when it is another"
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def complaint(done):
+    "The one line that a command wrote to the error stream"
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("ftlib: "), done.stderr
+    return lines[0]
+
+
+def test_train_writes_tables_plots_and_weights(shell, stripes):
+    done = check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "out"), 0)
+    out = shell.folder / "out"
+    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "per_class.csv", "per_class.png", "summary.csv",
+                                               "weights.safetensors"}
+    classes, history, summary = (pd.read_csv(out / f"{n}.csv") for n in ("per_class", "history", "summary"))
+    assert classes["class"].tolist() == ["lying", "standing"]
+    assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
+    assert summary["phase"].tolist() == ["fine-tune", "all"] and summary["epochs"].tolist() == [3, 3]
+    top1 = classes["right"].sum() / classes["pictures"].sum()
+    assert summary["top1"].iloc[-1] == pytest.approx(top1) and f"top-1 {top1:.4f}" in done.stdout
+    assert history["accuracy"].iloc[-1] == pytest.approx(top1, abs=1e-6), "the table and the metric count the same pictures"
+
+
+def test_weights_load_into_the_same_network(shell, stripes):
+    from safetensors import safe_open
+    check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
+    with safe_open(shell.folder / "out" / "weights.safetensors", "pt") as f:
+        assert '"classes": ["lying", "standing"]' in f.metadata()["ftlib"]
+        assert all(np.isfinite(f.get_tensor(k).float().numpy()).all() for k in f.keys())
+
+
+def test_the_same_seed_gives_the_same_run(shell, stripes):
+    def run(out): return check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--seed", 7, "--out", out), 0)
+    run("a"), run("b")
+    a, b = (pd.read_csv(shell.folder / o / "history.csv") for o in "ab")
+    assert a[["train_loss", "valid_loss"]].equals(b[["train_loss", "valid_loss"]])
+
+
+def test_lr_find_writes_the_curve(shell, stripes):
+    done = check(shell("lr-find", stripes, *SMALL, "--out", "rates"), 0)
+    assert "inimum" in done.stdout
+    curve = pd.read_csv(shell.folder / "rates" / "lr_find.csv")
+    assert {"lr", "loss"} <= set(curve) and curve["lr"].is_monotonic_increasing
+    assert (shell.folder / "rates" / "lr_find.png").stat().st_size > 5000
+
+
+def test_audit_exits_by_what_it_finds(shell, stripes, tmp_path):
+    check(shell("audit", stripes), 0)
+    bad = tmp_path / "bad"
+    for label in ("lying", "standing"):
+        (bad / label).mkdir(parents=True)
+        for picture in (stripes / label).iterdir(): (bad / label / picture.name).write_bytes(picture.read_bytes())
+    (bad / "lying" / "empty.png").touch()
+    done = check(shell("audit", bad, "--csv", "problems.csv"), 1)
+    assert "empty.png" in done.stdout
+    assert pd.read_csv(shell.folder / "problems.csv")["path"].str.contains("empty.png").any()
+
+
+def test_models_lists_and_exits_1_on_nothing(shell):
+    assert "resnet18" in check(shell("models", "resnet1*", "--csv", "models.csv"), 0).stdout
+    assert "resnet18" in set(pd.read_csv(shell.folder / "models.csv")["name"])
+    check(shell("models", "no-such-*"), 1)
+
+
+def test_demo_on_digits(shell):
+    done = check(shell("demo", "--on", "digits", "--out", "out"), 0)
+    assert "scikit-learn" in done.stdout
+    assert pd.read_csv(shell.folder / "out" / "summary.csv")["top1"].iloc[-1] > .9
+
+
+@pytest.mark.parametrize("args,says", [
+    ("train nowhere", "nowhere"),
+    ("lr-find nowhere", "nowhere"),
+    ("audit nowhere", "nowhere"),
+    ("train {stripes} --arch resnet81", "resnet18"),
+    ("train {stripes} --weights nowhere.pth", "nowhere.pth"),
+    ("train {stripes} --arch cnn --epochs 0", "epoch"),
+    ("train {stripes} --out {stripes}/lying/00.png", "00.png"),
+    ("train {stripes} --size 0", "size"),
+    ("train {stripes} --valid 1.5", "valid"),
+])
+def test_bad_input_is_one_line_and_exit_2(shell, stripes, args, says):
+    assert says in complaint(check(shell(*args.format(stripes=stripes).split()), 2))
+
+
+@pytest.mark.parametrize("args", ["", "paint", "train", "train x --lr -1", "train x --epochs -3", "train x --lr fast"])
+def test_usage_errors_exit_2(shell, args):
+    assert "usage: ftlib" in check(shell(*args.split()), 2).stderr
+
+
+def test_debug_shows_where(shell):
+    assert "Traceback" in check(shell("train", "nowhere", "--debug"), 1).stderr
+
+
+def test_a_failed_run_exits_1(shell, stripes):
+    done = check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "1e30"), 1)
+    assert "finite" in done.stderr.strip().splitlines()[-1]
+
+
+def test_help_teaches_at_once(shell):
+    for command in ("demo", "train", "lr-find", "audit", "models"):
+        shown = check(shell(command, "--help"), 0).stdout
+        assert f"examples:\n  ftlib {command}" in shown and "default:" in shown
+    assert "ftlib 0." in check(shell("--version"), 0).stdout
