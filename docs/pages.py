@@ -94,11 +94,12 @@ class describe_in_order(processors.add_show_docs):
 class run_show_docs(processors.exec_show_docs):
     "nbdev's step that runs `show_doc`, on what the module holds: no other cell is run"
 
+    module = None  # set for each notebook: by now the processor has taken `default_exp` out
+
     def begin(self):
         super().begin()
-        exported = processors._default_exp(self.nb)
-        source = f"from importlib import import_module; globals().update(vars(import_module('ftlib.{exported}')))\n" if exported else ""
-        self.k.run_cell(source + "from functools import partial\nfrom nbdev.showdoc import show_doc\nfrom pages import Described\n"
+        source = f"import ftlib.{self.module} as here\nfor name in dir(here): globals().setdefault(name, getattr(here, name))\n"
+        self.k.run_cell((source if self.module else "") + "from functools import partial\nfrom nbdev.showdoc import show_doc\nfrom pages import Described\n"
                         "show_doc = partial(show_doc, renderer=Described)")
 
     def __call__(self, cell):
@@ -129,6 +130,7 @@ def is_described(cell):
 def as_page(path, anchors):
     "The notebook at `path` as Sphinx shall read it"
     nb = read_nb(path)
+    run_show_docs.module = processors._default_exp(nb)
     ForSphinx()(nb)
     cells = [described(c) if is_described(c) else c for c in nb.cells]
     nb.cells = [tidy(c, anchors) for c in cells if c is not None and c.source.strip()]

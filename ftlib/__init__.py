@@ -18,7 +18,6 @@ _ROOMS = {
     "data.splits": "skew",
     "data.images": "image_data ImageData",
     "data.audit": "audit",
-    "data.audit": "audit",
     "models.network": "Network",
     "models.weights": "WeightsError",
     "models.arch": "ArchError backbones",
