@@ -21,7 +21,7 @@ from fastai.vision.core import PILImage
 from fasttransform import DisplayedTransform
 from PIL import Image, ImageOps
 
-from .loader import Item, LabelOf, OpenItem, PictureDL, seeded
+from .loader import Item, LabelOf, OpenItem, PictureDL
 from .pictures import DataError, check_file
 from .sources import did_you_mean, read_source
 from .splits import class_weights, show_names, split_table
