@@ -72,7 +72,7 @@ def _data_options(command):
     command.add_argument("folder", metavar="DIR", type=Path, help="folder with one folder of pictures for each class")
     command.add_argument("--size", type=_whole, default=224, help="pixels a side")
     command.add_argument("--valid", type=float, default=.2, help="share kept for validation, where DIR has no valid/")
-    command.add_argument("--seed", type=int, default=42, help="of the split and of the batches")
+    command.add_argument("--seed", type=int, default=42, help="of the split, the batches and the first weights")
     command.add_argument("--bs", type=_whole, default=64, help="pictures in a batch")
 
 
@@ -125,9 +125,11 @@ def _learner(source, arch, weights, data):
     os.environ.setdefault("MPLBACKEND", "agg")
     import torch
     from fastai.metrics import accuracy
+    from fastai.torch_core import set_seed
     from ftlib.data.images import image_data
     from ftlib.models.cnn import cnn
     from ftlib.train.vision import vision_learner
+    set_seed(data.get("seed", 42))
     dls = image_data(source, **data)
     print(dls.summary().to_string(), end="\n\n")
     if arch == "cnn": learn = vision_learner(dls, cnn(dls), metrics=accuracy)

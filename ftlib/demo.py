@@ -42,7 +42,7 @@ def solar_cells() -> Demo:  # Raises `ModuleNotFoundError` with the pip line whe
     return Demo(
         "solar cells", f"{len(table):,} photographs of solar cells, {(table['label'] == 'functional').mean():.0%} functional; "
         "by Deitsch, Buerhop-Lutz et al., licence CC BY-NC-SA 4.0 (not for commercial use)",
-        table[["path", "label"]], dict(size=96, valid=.25, bs=32), "tf_efficientnet_lite0", epochs=2, freeze_epochs=2,
+        table[["path", "label"]], dict(size=96, valid=.25, bs=32), "tf_efficientnet_lite0", epochs=2, freeze_epochs=1,
         sweep=dict(num_it=50))
 
 # %% ../nbs/89_demo.ipynb #d68e7b68

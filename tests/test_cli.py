@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+
+from ftlib.cli import main
 
 SMALL = "--arch cnn --size 32 --bs 8".split()
 
@@ -27,11 +30,17 @@ def stripes(tmp_path_factory):
 
 
 @pytest.fixture
-def shell(root, tmp_path):
-    "Runs `python -m ftlib ARGS` in an empty folder; gives the finished process"
-    def run(*args, **env):
-        env = {**os.environ, "PYTHONPATH": str(root), "MPLBACKEND": "agg", **env}
-        return subprocess.run([sys.executable, "-m", "ftlib", *map(str, args)], cwd=tmp_path, env=env, capture_output=True, text=True)
+def shell(tmp_path, monkeypatch, capsys):
+    "Runs `ftlib ARGS` in an empty folder; gives what the finished process would"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+    def run(*args):
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            try: code = main([str(a) for a in args])
+            except SystemExit as stop: code = stop.code or 0
+        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
     run.folder = tmp_path
     return run
 
@@ -131,7 +140,17 @@ def test_usage_errors_exit_2(shell, args):
 
 
 def test_debug_shows_where(shell):
-    assert "Traceback" in check(shell("train", "nowhere", "--debug"), 1).stderr
+    with pytest.raises(ValueError, match="nowhere"): shell("train", "nowhere", "--debug")
+
+
+def test_as_a_process(root, tmp_path):
+    "`python -m ftlib`, from another folder: exit codes reach the shell, one line and no warning the error stream"
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    env.pop("PYTHONWARNINGS", None)
+    def run(*args): return subprocess.run([sys.executable, "-m", "ftlib", *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "nowhere" in complaint(check(run("audit", "nowhere"), 2))
+    assert "resnet18" in check(run("models", "resnet1*"), 0).stdout
+    assert "Traceback" in check(run("audit", "nowhere", "--debug"), 1).stderr
 
 
 def test_a_failed_run_exits_1(shell, stripes):

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['published', 'TokenMean', 'MapPool', 'backbone', 'create_network']
 
-# %% ../../nbs/15_models.backbone.ipynb #fbe82542
+# %% ../../nbs/15_models.backbone.ipynb #e76bf2f9
 import torch
 import torchvision
+from functools import partial
 from fastai.layers import AdaptiveConcatPool2d, apply_init
 from fastai.vision.learner import create_head, has_pool_type
 from pathlib import Path
 from torch import nn
-from .arch import Arch, ArchError, backbones, find_arch, torchvision_names
+from .arch import ArchError, backbones, find_arch, timm_tags, torchvision_names
 from .network import Body, Network, Normalize
 from .stages import split
-from .weights import SUFFIXES, WeightsError, body_state, download, in_order, load_state, packaged_file, read_state
+from .weights import (SUFFIXES, WeightsError, body_state, download, in_order, load_state, packaged_file,
+                                  read_state)
 
-# %% ../../nbs/15_models.backbone.ipynb #5ff85cea
+# %% ../../nbs/15_models.backbone.ipynb #65151d15
 def _is_file(weights):
     return isinstance(weights, (str, Path)) and (Path(weights).suffix in SUFFIXES or Path(weights).exists())
 
@@ -39,12 +41,13 @@ def _torchvision_weights(a, weights):
     names = dict(a.enum.__members__)
     if len(a.enum): names |= {'imagenet': a.enum.DEFAULT, 'DEFAULT': a.enum.DEFAULT}
     known = names.get(weights.rpartition('.')[2])
-    if known is None: raise WeightsError(f'no weights {weights!r} for {a.name}: it has {_members(a)}; or pass a file, or None')
+    if known is None:
+        raise WeightsError(f'no weights {weights!r} for {a.name}: it has {_members(a)}; or pass a file, or None')
     return known
 
 def _members(a): return ', '.join(a.enum.__members__) or 'none'
 
-# %% ../../nbs/15_models.backbone.ipynb #ea604405
+# %% ../../nbs/15_models.backbone.ipynb #b11a0805
 def _filled(a, weights, n_in, **kwargs):
     "The network of `a` without its classifier, filled with `weights`."
     named = isinstance(weights, (str, torchvision.models.WeightsEnum)) and not _is_file(weights)
@@ -56,25 +59,26 @@ def _filled(a, weights, n_in, **kwargs):
     elif isinstance(weights, dict): load_state(net, weights, classifier=a.classifier, name=a.name)
     elif isinstance(getattr(weights, 'model', weights), nn.Module):
         load_state(net, body_state(weights), 'the weights of the given network', a.classifier, a.name)
-    else: raise WeightsError(f"weights={weights!r}: wanted 'imagenet', the name of weights, a file, a state dict, a learner or None")
+    else:
+        raise WeightsError(f"weights={weights!r}: wanted 'imagenet', a name of weights, a file, a state dict, a learner, None")
     return net
 
 def _fetched(a, weights, n_in, **kwargs):
     if a.source == 'module' and weights == 'imagenet': return a.build(n_in)
     if a.source in ('function', 'module'):
-        raise WeightsError(f'{a.name} is no torchvision or timm name, so there are no weights {weights!r} for it: pass a file, '
-                           'a learner or weights=None')
+        raise WeightsError(f'{a.name} is no torchvision or timm name, so there are no weights {weights!r} for it: '
+                           'pass a file, a learner or weights=None')
     if a.source == 'timm': return _fetched_timm(a, weights, n_in, **kwargs)
     w = _torchvision_weights(a, weights)
     net = a.build(n_in, w, **kwargs)
-    folder = Path(torch.hub.get_dir())/'checkpoints'
-    state = download(lambda: w.get_state_dict(progress=True, check_hash=True, weights_only=True), a.name, Path(w.url).name, folder)
+    fetch = partial(w.get_state_dict, progress=True, check_hash=True, weights_only=True)
+    state = download(fetch, a.name, Path(w.url).name, Path(torch.hub.get_dir())/'checkpoints')
     load_state(net, state, f'{w}', a.classifier, a.name)
     return net
 
 def _fetched_timm(a, weights, n_in, **kwargs):
-    if weights not in ('imagenet', 'DEFAULT'): a = Arch(f"{a.name.split('.')[0]}.{weights}", 'timm')
-    packaged = packaged_file(a.name)
+    if weights not in ('imagenet', 'DEFAULT'): a.name = f"{a.name.split('.')[0]}.{weights}"
+    packaged = packaged_file(a.name.removesuffix('.in1k'))
     if packaged:
         net = a.build(n_in, **kwargs)
         load_state(net, in_order(net, read_state(packaged)), packaged.name, a.classifier, a.name)
@@ -82,11 +86,13 @@ def _fetched_timm(a, weights, n_in, **kwargs):
         return net
     import timm
     if not timm.list_models(a.name if '.' in a.name else f'{a.name}.*', pretrained=True):
-        raise WeightsError(f'timm has no weights for {a.name}: pass a file, or weights=None')
-    a.build(n_in, **kwargs)
+        raise WeightsError(f'timm has no weights for {a.name}; there are {", ".join(timm_tags(a.name)) or "none"}: pass '
+                           'one of these as weights=, a file, or None')
+    if kwargs: a.build(n_in, **kwargs) # a wrong argument is not a failed download
     try: from huggingface_hub.constants import HF_HUB_CACHE as folder
     except ImportError: folder = Path(torch.hub.get_dir())/'checkpoints'
-    return download(lambda: a.build(n_in, True, **kwargs), a.name, f'the file of {a.name}', folder)
+    cfg = timm.get_pretrained_cfg(a.name)
+    return download(lambda: a.build(n_in, True, **kwargs), a.name, cfg.hf_hub_id or cfg.url or a.name, folder)
 
 def _load_file(net, a, file):
     known, state = published(file), read_state(file)
@@ -96,14 +102,15 @@ def _load_file(net, a, file):
         raise WeightsError(f'{e} The file name is that of {known}.') from e
     if left: print(f'{Path(file).name}: left out the old head ({", ".join(left[:4])}{" …" if len(left) > 4 else ""})')
 
-# %% ../../nbs/15_models.backbone.ipynb #a7a61366
+# %% ../../nbs/15_models.backbone.ipynb #771207d2
 class TokenMean(nn.Module):
     "The mean over the positions of N×tokens×C or N×H×W×C."
     def forward(self, x): return x.flatten(1, -2).mean(1)
 
 class MapPool(nn.Sequential):
     "A map (N×C×H×W) to features: the average, or the maximum and the average (twice as many)."
-    def __init__(self, concat=True): super().__init__(AdaptiveConcatPool2d(1) if concat else nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    def __init__(self, concat=True):
+        super().__init__(AdaptiveConcatPool2d(1) if concat else nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
 
 def _is_map(shape): return len(shape) == 3 and shape[1] == shape[2]
 
@@ -141,19 +148,19 @@ def _end(stages, shapes, cut, concat_pool, pool):
         end, out = tail if isinstance(more, nn.Identity) else nn.Sequential(tail, more), (width,)
     return {**{n: stages[n] for n in kept}, 'pool': end}, [*shps, out], width
 
-# %% ../../nbs/15_models.backbone.ipynb #d20b9b46
+# %% ../../nbs/15_models.backbone.ipynb #996c7bc1
 def backbone(arch,               # A name, a function that builds a classifier, or a ready module
-             weights='imagenet', # 'imagenet', the name of weights, a file, a state dict, another learner or network, or None
+             weights='imagenet', # 'imagenet', a name of weights, a file, a state dict, a learner or network, or None
              n_in=3,             # Channels of the pictures
-             cut=None,           # Keep the stages before this index of [*stages, head]; -2 is all of them, -3 drops the last
+             cut=None,           # Keep the stages before this index of [*stages, head]; -2 is all, -3 drops the last
              normalize=True,     # Normalise inside the network, by the statistics of its makers
              concat_pool=True,   # Maximum and average side by side where the network ends in a plain pool
              pool=True,          # False leaves a plain pool out: the head gets the map
              input_size=None,    # Side of the pictures, in pixels; by default the architecture's own
              **kwargs,           # More arguments for the function that builds the architecture
             ) -> Body:
-    """The body of a classifier as stages, with weights and normalization. Networks without published weights are normalised by
-    ImageNet's statistics. Raises `ArchError`, `WeightsError`."""
+    """The body of a classifier as stages, with weights and normalization. Networks without published weights are
+    normalised by ImageNet's statistics. Raises `ArchError`, `WeightsError`."""
     if not isinstance(n_in, int) or n_in < 1: raise ArchError(f'n_in={n_in!r}: wanted a number of channels, 1 or more')
     a = find_arch(arch)
     net = _filled(a, weights, n_in, **kwargs)
@@ -166,15 +173,15 @@ def _channels(v, n):
     "Statistics of three channels for `n`: their mean for one, repeated for more."
     return [sum(v)/len(v)] if n == 1 else [v[i % len(v)] for i in range(n)]
 
-# %% ../../nbs/15_models.backbone.ipynb #f0143674
-def create_network(arch,               # A name, a function that builds a classifier, a module, or a `Network` (given back)
+# %% ../../nbs/15_models.backbone.ipynb #97ab9028
+def create_network(arch,               # A name, a function that builds a classifier, a module, or a ready `Network`
                    n_out,              # Outputs, one per class
                    weights='imagenet', # See `backbone`
                    n_in=3,             # Channels of the pictures
                    cut=None,           # See `backbone`
                    normalize=True,     # Normalise inside the network
                    init=nn.init.kaiming_normal_, # First weights of the head; None leaves torch's
-                   custom_head=None,   # A head of your own; one that pools gets the map, else it gets N×`width` features
+                   custom_head=None,   # A head of your own; one that pools gets the map, others N×`width` features
                    concat_pool=True,   # See `backbone`
                    pool=True,          # See `backbone`
                    lin_ftrs=None,      # Widths of the head's hidden layers; by default [512]
@@ -187,12 +194,12 @@ def create_network(arch,               # A name, a function that builds a classi
                   ) -> Network:
     "A body of stages with `weights`, and a new head as fastai makes it. Raises `ArchError`, `WeightsError`."
     if isinstance(arch, Network): return arch
-    if not isinstance(n_out, int) or n_out < 1: raise ArchError(f'n_out={n_out!r}: wanted a number of outputs, 1 or more')
+    if not isinstance(n_out, int) or n_out < 1: raise ArchError(f'n_out={n_out!r}: wanted how many outputs, 1 or more')
     if custom_head is not None and has_pool_type(custom_head): pool = False
     body = backbone(arch, weights, n_in, cut, normalize, concat_pool, pool, **kwargs)
     own = pool or len(body.shapes[-1]) == 1
     head = custom_head if custom_head is not None else create_head(
-        body.width, n_out, lin_ftrs=lin_ftrs, ps=ps, pool=not own, concat_pool=concat_pool, first_bn=first_bn, bn_final=bn_final,
-        lin_first=lin_first, y_range=y_range)
+        body.width, n_out, lin_ftrs=lin_ftrs, ps=ps, pool=not own, concat_pool=concat_pool, first_bn=first_bn,
+        bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     if init is not None: apply_init(head, init)
     return Network(body, head)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Normalize', 'is_norm', 'Body', 'Network']
 
-# %% ../../nbs/10_models.network.ipynb #d2f0dae4
+# %% ../../nbs/10_models.network.ipynb #62fbf2dc
 import copy
 import pandas as pd
 import torch
 from torch import nn
 
-# %% ../../nbs/10_models.network.ipynb #28b68419
+# %% ../../nbs/10_models.network.ipynb #5dd639a3
 class Normalize(nn.Module):
     "Shift and scale a batch of pictures (values 0 to 1, N×C×H×W) by one mean and one standard deviation per channel."
     def __init__(self,
@@ -29,7 +29,7 @@ class Normalize(nn.Module):
 
 def _rounded(t): return tuple(round(v, 4) for v in t.flatten().tolist())
 
-# %% ../../nbs/10_models.network.ipynb #64bd3e13
+# %% ../../nbs/10_models.network.ipynb #18ac5186
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 def is_norm(m: nn.Module # Any layer
@@ -41,7 +41,7 @@ def is_norm(m: nn.Module # Any layer
     own = [*m.parameters(recurse=False), *m.buffers(recurse=False)]
     return bool(own) and not inside and all(p.numel() == max(p.shape, default=1) for p in own)
 
-# %% ../../nbs/10_models.network.ipynb #3f8deb81
+# %% ../../nbs/10_models.network.ipynb #f575a4dc
 class Body(nn.Sequential):
     "A `Normalize` (or identity) and then named stages: pictures (N×C×H×W) in, features (N×`width`) out."
     def __init__(self,
@@ -65,7 +65,7 @@ class Body(nn.Sequential):
     @property
     def std(self): return getattr(self.normalize, 'std', None)
 
-# %% ../../nbs/10_models.network.ipynb #7b66e7a0
+# %% ../../nbs/10_models.network.ipynb #5532318f
 class Network(nn.Sequential):
     "A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai."
     def __init__(self, body: Body, # Pictures to features
@@ -151,12 +151,12 @@ class Network(nn.Sequential):
         return self
 
     def table(self):
-        "A DataFrame with a row per stage and one for the head: output shape, parameters, what trains, what the norms do."
+        "A DataFrame, one row per stage and one for the head: output shape, parameters, what trains, the norms."
         shapes = [*self.body.shapes, ()]
         parts = zip([*self.stage_names, 'head'], [*self.stages, self.head], shapes)
         return pd.DataFrame([_row(*p) for p in parts])
 
-# %% ../../nbs/10_models.network.ipynb #159cb331
+# %% ../../nbs/10_models.network.ipynb #9feadba6
 def _row(name, part, shape):
     ps, norms = list(part.parameters()), [m for m in part.modules() if is_norm(m)]
     tracking = [m for m in norms if getattr(m, 'running_mean', None) is not None]

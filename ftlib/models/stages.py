@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Border', 'extent', 'borders', 'cuts', 'split']
 
-# %% ../../nbs/12_models.stages.ipynb #2f3d3c78
+# %% ../../nbs/12_models.stages.ipynb #fae58d24
 import operator
 from dataclasses import dataclass
 from torch import fx, nn
 from .trace import BATCH, NUMBERS, n_params, opaque, shapes, trace
 
-# %% ../../nbs/12_models.stages.ipynb #218abf95
+# %% ../../nbs/12_models.stages.ipynb #a8ac93d3
 @dataclass
 class Border:
     "A place to cut: after position `at` of the chain, where the nodes `live` are all that the rest needs."
@@ -32,8 +32,8 @@ def _inplace(net, node):
     return node.kwargs.get('inplace', False) or node.target in (operator.iadd, operator.imul, operator.isub)
 
 def _feeds(net, graph, found):
-    """The nodes that carry the picture on, in order. The others (constants, and what follows from plain numbers alone) are
-    made anew by each stage that needs them."""
+    """The nodes that carry the picture on, in order. The others (constants, and what follows from plain numbers
+    alone) are made anew by each stage that needs them."""
     carries, order = {n for n in graph.nodes if n.op == 'placeholder'}, []
     for n in graph.nodes:
         ins = carries & set(n.all_input_nodes)
@@ -53,25 +53,28 @@ def _last_uses(chain):
     def last(n):
         if n not in known: known[n] = max((_at(u) for u in n.users), default=-1)
         return known[n]
-    def _at(u): return where[u] if u in where else len(chain) if u.op == 'output' else -1 if _is_batch_size(u) else last(u)
+    def _at(u):
+        if u in where: return where[u]
+        return len(chain) if u.op == 'output' else -1 if _is_batch_size(u) else last(u)
     return [last(n) for n in chain]
 
 def borders(net, chain, found, most=1, numbers=False):
-    "All places where at most `most` tensors, batch first, are carried over (and plain numbers beside them, if allowed)."
+    "All places where at most `most` tensors, batch first, are carried over (with `numbers`, plain numbers too)."
     where, last = {n: i for i, n in enumerate(chain)}, _last_uses(chain)
     res, near, alive = [], None, []
     for i, n in enumerate(chain[:-1]):
         alive = [j for j in [*alive, i] if last[j] > i]
         live = sorted((chain[j] for j in alive), key=lambda m: found.get(m.name) == NUMBERS)
         tensors = [s for s in (found.get(m.name) for m in live) if s != NUMBERS]
-        if n.op == 'placeholder' or not tensors or len(tensors) > most or not numbers and len(live) > len(tensors): continue
+        if n.op == 'placeholder' or not 0 < len(tensors) <= most: continue
+        if len(live) > len(tensors) and not numbers: continue
         if not all(s and s[0] == BATCH for s in tensors): continue
         if any(_inplace(net, u) for m in live for u in m.users if where.get(u, -1) > i): continue
         near, shape = max((extent(s, near), s) for s in tensors)
         res.append(Border(i, live, shape, near))
     return res
 
-# %% ../../nbs/12_models.stages.ipynb #c149cf01
+# %% ../../nbs/12_models.stages.ipynb #5420bf34
 def _ends(marks):
     "The last border of each extent. An extent that comes back later (a dip) does not count."
     high, level = 0, []
@@ -145,7 +148,7 @@ def _finer(net, chain, weights, marks, ends):
     more = _with_weights(_split(net, chain, weights, marks, lo, hi) + [b for b in ends if b.at == hi-1], weights)
     return sorted([b for b in ends if b.at != hi-1] + more, key=lambda b: b.at)
 
-# %% ../../nbs/12_models.stages.ipynb #806e023b
+# %% ../../nbs/12_models.stages.ipynb #7c8e067c
 def _module(net, nodes, inputs, outputs):
     graph = fx.Graph()
     x = graph.placeholder('x')

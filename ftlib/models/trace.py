@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BATCH', 'NUMBERS', 'n_params', 'trace', 'opaque', 'shapes']
 
-# %% ../../nbs/11_models.trace.ipynb #3fabc9d9
+# %% ../../nbs/11_models.trace.ipynb #471cfb84
 import sys
 import torch
 from torch import fx, nn
 from torch.func import functional_call
 
-# %% ../../nbs/11_models.trace.ipynb #c9a7191b
+# %% ../../nbs/11_models.trace.ipynb #171e9074
 class _Whole(nn.Module):
     "Calls `net` with a picture alone, so that its optional arguments keep their defaults."
     def __init__(self, net): super().__init__(); self.net = net
@@ -46,9 +46,10 @@ def trace(net: nn.Module # Any network
     while True:
         tracer = _Coarse(closed, n_params(net)/2, *leaves)
         try: graph = tracer.trace(whole)
-        # tracing runs the network's own code, which may raise anything; the module it happened in is kept whole and we go on
+        # tracing runs the network's own code, which may raise anything; the module it happened in is kept whole
         except Exception as e:
-            if not tracer.inside or tracer.inside[-1] in closed: raise ValueError(f'cannot trace {type(net).__name__}') from e
+            if not tracer.inside or tracer.inside[-1] in closed:
+                raise ValueError(f'{type(net).__name__} cannot be traced; wanted a module whose forward takes pictures') from e
             closed.add(tracer.inside[-1])
         else: return _unwrapped(graph, whole)
 
@@ -59,7 +60,7 @@ def _unwrapped(graph, whole):
         else: whole.net.register_buffer(n.target, getattr(whole, n.target), persistent=False)
     return graph
 
-# %% ../../nbs/11_models.trace.ipynb #ea88cf33
+# %% ../../nbs/11_models.trace.ipynb #50570d80
 BATCH = 2        # pictures in the batch that a network is tried with
 NUMBERS = 'size' # stands for a shape where a node hands on plain numbers, such as the height and width of a map
 
@@ -82,7 +83,8 @@ class _Probe(nn.Module):
         return Run(self.net).run(x)
 
     def note(self, name, value):
-        self.found[name] = tuple(value.shape) if isinstance(value, torch.Tensor) else NUMBERS if _plain(value) else None
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        self.found[name] = NUMBERS if _plain(value) else shape
         return value
 
 def _plain(v): return v is None or isinstance(v, (int, float)) or isinstance(v, (tuple, list)) and all(map(_plain, v))
@@ -91,7 +93,7 @@ def opaque(graph):
     return any(n.op == 'call_module' and n.target == '' for n in graph.nodes)
 
 def shapes(net, graph, n_in=3, size=224):
-    "Shape that every node hands on for a batch of `BATCH` pictures; `NUMBERS` for plain numbers, None for anything else."
+    "Shape that every node hands on for a batch of `BATCH` pictures; `NUMBERS` for plain numbers, else None."
     probe = _Probe(net, graph).eval()
     state = {k: v.to('meta') for k, v in [*probe.named_parameters(), *probe.named_buffers()]}
     x = torch.empty(BATCH, n_in, size, size, device='meta')

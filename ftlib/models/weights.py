@@ -6,7 +6,7 @@
 __all__ = ['WRAPPERS', 'SUFFIXES', 'WeightsError', 'unwrapped', 'peeled', 'load_state', 'read_state', 'body_state',
            'packaged_file', 'in_order', 'download']
 
-# %% ../../nbs/13_models.weights.ipynb #c6732d60
+# %% ../../nbs/13_models.weights.ipynb #522dc56e
 import re
 import torch
 from importlib.util import find_spec
@@ -14,12 +14,12 @@ from pathlib import Path
 from torch import nn
 from .network import Network
 
-# %% ../../nbs/13_models.weights.ipynb #78f6e13c
+# %% ../../nbs/13_models.weights.ipynb #8f1fdf4f
 class WeightsError(ValueError):
     "Weights that cannot be found, or do not fit."
 
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'state_dict_ema', 'model_ema', 'teacher', 'student')
-_prefix = re.compile(r'^(module|_orig_mod|model|backbone|encoder|net|body|teacher|student|0|stem|stage\d+|pool|block\d+)\.')
+_prefix = re.compile(r'^(module|_orig_mod|model|backbone|encoder|net|body|teacher|student|0|stem|stage\d+|pool)\.')
 
 def unwrapped(checkpoint: dict) -> dict:
     "The tensors of the state dict inside a checkpoint."
@@ -38,7 +38,7 @@ def peeled(state: dict):
         state = less
         yield state
 
-# %% ../../nbs/13_models.weights.ipynb #6c43d57d
+# %% ../../nbs/13_models.weights.ipynb #cb8b3ec9
 def load_state(net: nn.Module,         # A network without its classifier
                state: dict,            # A state dict or checkpoint
                source='these weights', # What a message calls them
@@ -54,12 +54,13 @@ def load_state(net: nn.Module,         # A network without its classifier
     left = [k for k in best if k not in want]
     strange = _strange(want, left, best, classifier)
     if missing or shapes or strange:
-        raise WeightsError(f'{source} do not fit {name or type(net).__name__}: {_matches(want, best)} of {len(want)} tensors match; '
-                           + '; '.join(_differences(want, best, missing, shapes, strange)) + '. Are they of another architecture?')
+        found = '; '.join(_differences(want, best, missing, shapes, strange))
+        raise WeightsError(f'{source} do not fit {name or type(net).__name__}: {_matches(want, best)} of {len(want)} tensors '
+                           f'match; {found}. Are they of another architecture?')
     net.load_state_dict({k: best.get(k, v) for k, v in want.items()})
     return left
 
-# %% ../../nbs/13_models.weights.ipynb #55f8b69d
+# %% ../../nbs/13_models.weights.ipynb #fff71a12
 def _matches(want, state): return sum(k in want and want[k].shape == v.shape for k, v in state.items())
 
 def _is_learned(key, tensor):
@@ -86,7 +87,7 @@ def _differences(want, state, missing, shapes, strange):
         yield f'{len(shapes)} of another shape, first {k!r}: {tuple(state[k].shape)}, wanted {tuple(want[k].shape)}'
     if strange: yield f'{len(strange)} that the network has no place for, first {strange[0]!r}'
 
-# %% ../../nbs/13_models.weights.ipynb #76e2fb9b
+# %% ../../nbs/13_models.weights.ipynb #c8e72214
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt')
 
 def read_state(path # A .safetensors file, or one that `torch.save` wrote
@@ -102,8 +103,8 @@ def read_state(path # A .safetensors file, or one that `torch.save` wrote
         return load_file(path)
     # whatever a broken file makes a reader raise, the user needs to know which file it was
     except Exception as e:
-        raise WeightsError(f'{path} holds no weights that can be read safely ({type(e).__name__}: {_first_line(e)}). Wanted: '
-                           'a .safetensors file, or tensors alone: torch.save(model.state_dict(), path)') from e
+        raise WeightsError(f'{path} holds no weights that can be read safely ({type(e).__name__}: {_first_line(e)}). '
+                           'Wanted: a .safetensors file, or torch.save(model.state_dict(), path)') from e
 
 def body_state(source # A learner, a `Network` or any module
               ) -> dict:
@@ -114,7 +115,7 @@ def body_state(source # A learner, a `Network` or any module
 
 def _first_line(e): return (str(e).splitlines() or [''])[0]
 
-# %% ../../nbs/13_models.weights.ipynb #a5e3a863
+# %% ../../nbs/13_models.weights.ipynb #deec1880
 def packaged_file(name: str # Name of an architecture
                  ):         # A path, or None
     "The ImageNet weights that an installed pip package holds for EfficientNet-Lite0, 1 or 2."
@@ -137,6 +138,6 @@ def download(get,    # Function that fetches
     try: return get()
     # hubs raise their own kinds of error, and each means the same here: no weights came
     except Exception as e:
-        raise WeightsError(f"no weights for {name}: {file} is not in {folder}, and fetching it failed ({type(e).__name__}: "
-                           f"{_first_line(e)}). Offline? Put the file there, or pass weights='path/to/file', or "
+        raise WeightsError(f"no weights for {name}: {file} is not in {folder}, and fetching it failed "
+                           f"({type(e).__name__}: {_first_line(e)}). Offline? Put the file there, or pass weights='path/to/file', or "
                            "weights=None to start from nothing") from e

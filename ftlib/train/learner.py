@@ -247,6 +247,14 @@ class Learner(FastaiLearner):
         "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …`. Nothing of the learner changes."
         return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios)
 
+    @contextmanager
+    def no_bar(self):
+        "Within, lines in place of progress bars."
+        bar = getattr(self, 'progress', self)
+        hidden, bar.hidden = getattr(bar, 'hidden', False), True
+        try: yield self
+        finally: bar.hidden = hidden
+
     # --- history
 
     @property

@@ -20,8 +20,10 @@ def shows_bars() -> bool:
 
 class Progress(ProgressCallback):
     "fastai's progress bars in notebooks and terminals; elsewhere a header and one line an epoch."
+    hidden = False  # lines even where a bar could move
+
     def before_fit(self):
-        self.bars = shows_bars()
+        self.bars = shows_bars() and not self.hidden
         if self.bars: return super().before_fit()
         self.old_logger = self.learn.logger
         if self.old_logger is noop: return
