@@ -38,8 +38,14 @@ def _feeds(net, graph, found):
     for n in graph.nodes:
         ins = carries & set(n.all_input_nodes)
         remade = ins and all(found.get(a.name) == NUMBERS for a in ins) and n.op != 'call_module'
-        if n.op == 'placeholder' or ins and not remade and not _is_batch_size(n): carries.add(n); order.append(n)
+        if n.op == 'placeholder' or ins and not remade and not _is_shared(n): carries.add(n); order.append(n)
     return [n for n in order if n.op != 'output']
+
+def _is_shared(n):
+    "Does every tensor that carries the picture have it: the batch size, the device?"
+    return _is_batch_size(n) or _is_device(n)
+
+def _is_device(n): return n.target is getattr and n.args[1] == 'device'
 
 def _is_batch_size(n):
     if n.op == 'call_method' and n.target == 'size' and n.args[1:] == (0,): return True
@@ -55,7 +61,7 @@ def _last_uses(chain):
         return known[n]
     def _at(u):
         if u in where: return where[u]
-        return len(chain) if u.op == 'output' else -1 if _is_batch_size(u) else last(u)
+        return len(chain) if u.op == 'output' else -1 if _is_shared(u) else last(u)
     return [last(n) for n in chain]
 
 def borders(net, chain, found, most=1, numbers=False):
@@ -155,7 +161,8 @@ def _module(net, nodes, inputs, outputs):
     env = {inputs[0]: x} if len(inputs) == 1 else {n: graph.call_function(operator.getitem, (x, i))
                                                    for i, n in enumerate(inputs)}
     def copy(n):
-        if _is_batch_size(n): env[n] = graph.call_method('size', (env[inputs[0]], 0))
+        if _is_device(n): env[n] = graph.call_function(getattr, (env[inputs[0]], 'device'))
+        elif _is_batch_size(n): env[n] = graph.call_method('size', (env[inputs[0]], 0))
         elif n not in env:
             for a in n.all_input_nodes: copy(a)
             env[n] = graph.node_copy(n, env.get)

@@ -7,9 +7,10 @@ __all__ = ['BATCH', 'NUMBERS', 'n_params', 'trace', 'opaque', 'shapes']
 
 # %% ../../nbs/11_models.trace.ipynb #471cfb84
 import sys
+from contextlib import contextmanager
 import torch
 from torch import fx, nn
-from torch.func import functional_call
+from torch.fx.node import map_aggregate
 
 # %% ../../nbs/11_models.trace.ipynb #171e9074
 class _Whole(nn.Module):
@@ -58,6 +59,16 @@ def _unwrapped(graph, whole):
         if n.op not in ('call_module', 'get_attr'): continue
         if n.target.startswith('net.') or n.target == 'net': n.target = n.target[4:]
         else: whole.net.register_buffer(n.target, getattr(whole, n.target), persistent=False)
+    return _anywhere(graph)
+
+def _anywhere(graph):
+    "A device that was written down while tracing becomes that of the pictures, so that the network can move."
+    x = next(n for n in graph.nodes if n.op == 'placeholder')
+    with graph.inserting_after(x): device = graph.call_function(getattr, (x, 'device'))
+    here = lambda a: device if isinstance(a, torch.device) else a
+    for n in graph.nodes:
+        if n is not device: n.args,n.kwargs = map_aggregate(n.args, here),map_aggregate(n.kwargs, here)
+    if not device.users: graph.erase_node(device)
     return graph
 
 # %% ../../nbs/11_models.trace.ipynb #50570d80
@@ -69,7 +80,6 @@ class _Probe(nn.Module):
     def __init__(self, net, graph):
         super().__init__()
         self.opaque,self.found = opaque(graph),{}
-        # one road to each parameter: a module held twice would be swapped twice, and not swapped back
         self.net = net if self.opaque else fx.GraphModule(net, graph)
 
     def forward(self, x):
@@ -92,14 +102,23 @@ def opaque(graph):
     "Was the whole network kept as one part?"
     return any(n.op == 'call_module' and n.target == '' for n in graph.nodes)
 
+@contextmanager
+def _on_meta(net):
+    "Within, the weights of `net` have shapes and no numbers. What is held twice, layer or weight, stays one."
+    held = [(d, dict(d)) for m in net.modules() for d in (m._parameters, m._buffers)]
+    empty = {id(t): t.detach().to('meta') for _, tensors in held for t in tensors.values() if t is not None}
+    try:
+        for d, tensors in held: d.update({k: empty.get(id(t)) for k, t in tensors.items()})
+        yield
+    finally:
+        for d, tensors in held: d.clear(); d.update(tensors)
+
 def shapes(net, graph, n_in=3, size=224):
     "Shape that every node hands on for a batch of `BATCH` pictures; `NUMBERS` for plain numbers, else None."
     probe = _Probe(net, graph).eval()
-    state = {k: v.to('meta') for k, v in [*probe.named_parameters(), *probe.named_buffers()]}
-    x = torch.empty(BATCH, n_in, size, size, device='meta')
     try:
-        with torch.no_grad(): functional_call(probe, state, (x,))
+        with _on_meta(probe), torch.no_grad(): probe(torch.empty(BATCH, n_in, size, size, device='meta'))
     # anything may be raised by code that can't do without numbers; what it raises with real ones is for the user to see
     except Exception:
-        with torch.inference_mode(): probe(torch.zeros(x.shape))
+        with torch.inference_mode(): probe(torch.zeros(BATCH, n_in, size, size))
     return probe.found

@@ -1,0 +1,109 @@
+"""What a short fine-tuning reaches on real photographs, beside plain fastai with the same budget: mean of several seeds.
+
+Three ways, each with 3 epochs of the head and 3 of everything, pictures of the same size, batches and augmentation:
+`ftlib` finds its rates by `lr_find`; `fastai` does the same with its own finder (its default, the valley);
+`fine_tune` is fastai's call with its default rate. The arithmetic is bfloat16 and channels-last for all of them.
+A line is written to the CSV as each run ends; what is there already is not run again.
+"""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+from fastai.vision import all as fv
+
+import ftlib
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def ftlib_learner(folder, weights, seed, size, bs):
+    dls = ftlib.image_data(folder, size=size, bs=bs, seed=seed)
+    return ftlib.vision_learner(dls, "resnet18", weights=weights, metrics=fv.accuracy, seed=seed)
+
+
+def fastai_learner(folder, weights, seed, size, bs):
+    fv.set_seed(seed)
+    dls = fv.ImageDataLoaders.from_folder(
+        folder, train="train", valid="valid", bs=bs, num_workers=2, item_tfms=fv.RandomResizedCrop(size, min_scale=.35),
+        batch_tfms=[*fv.aug_transforms(), fv.Normalize.from_stats(*fv.imagenet_stats)])
+    learn = fv.vision_learner(dls, fv.resnet18, pretrained=False, metrics=fv.accuracy)
+    net = fv.resnet18()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    learn.model[0].load_state_dict(fv.create_body(net, pretrained=False).state_dict())
+    learn.freeze()
+    return learn
+
+
+def accuracies(learn): return [float(row[2]) for row in learn.recorder.values]
+
+
+def by_ftlib(learn):
+    ftlib.fine_tune_run(learn, epochs=3, freeze_epochs=3, say=lambda line: None)
+    scores = learn.history
+    return [scores[scores.phase == p].accuracy.iloc[-1] for p in (1, 2)], scores.groupby("phase").lr.max().tolist()
+
+
+def by_fastai(learn):
+    scores, rates = [], []
+    for phase in range(2):
+        rates.append(learn.lr_find(show_plot=False).valley)
+        learn.fit_one_cycle(3, slice(rates[-1] / 100, rates[-1]) if phase else rates[-1])
+        scores.append(accuracies(learn)[-1])
+        learn.unfreeze()
+    return scores, rates
+
+
+def by_fine_tune(learn):
+    scores = []
+    class Note(fv.Callback):
+        def after_fit(self): scores.append(accuracies(self.learn)[-1])
+    learn.fine_tune(3, freeze_epochs=3, cbs=Note())
+    return scores, [2e-3, 1e-3]
+
+
+WAYS = {"ftlib": (ftlib_learner, by_ftlib), "fastai": (fastai_learner, by_fastai), "fine_tune": (fastai_learner, by_fine_tune)}
+
+
+def one(way, folder, weights, seed, size, bs):
+    "Accuracies after the head's epochs and at the end, and the seconds it took"
+    make, train = WAYS[way]
+    start = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        learn = make(folder, weights, seed, size, bs)
+        learn.model.to(memory_format=torch.channels_last)
+        learn.remove_cb(fv.ProgressCallback)
+        with learn.no_logging(): (frozen, unfrozen), rates = train(learn)
+    return dict(frozen=frozen, unfrozen=unfrozen, lr_head=rates[0], lr_all=rates[1], seconds=time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder of sets, each with train and valid folders")
+    parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "resnet18-f37072fd.pth", help="a file for resnet18")
+    parser.add_argument("--sets", nargs="+", default=["pets3", "food3", "ants_bees", "cars20"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--bs", type=int, default=32, help="pictures in a batch")
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy.csv"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
+    done = {(r["set"], r["seed"], r["way"]) for r in rows}
+    for name in args.sets:
+        for seed in args.seeds:
+            for way in args.ways:
+                if (name, seed, way) in done: continue
+                rows.append(dict(set=name, seed=seed, way=way, **one(way, args.data / name, args.weights, seed, args.size, args.bs)))
+                print(rows[-1], flush=True)
+                pd.DataFrame(rows).to_csv(args.out, index=False)
+    table = pd.DataFrame(rows).groupby(["set", "way"], sort=False)[["frozen", "unfrozen", "seconds"]].agg(["mean", "min", "max"])
+    print(table.round(3).to_string())
+
+
+if __name__ == "__main__": main()
