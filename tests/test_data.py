@@ -139,6 +139,35 @@ def test_rng_is_the_whole_state(folder):
     assert all(torch.equal(a, b) for a, b in zip(one, [x for x, _ in dls.train], strict=True))
 
 
+# ---- what fastai does with the batches
+
+@pytest.mark.parametrize("kind", ["files", "arrays"])
+def test_fastai_looks_at_predictions(folder, kind):
+    from fastai.vision.all import ClassificationInterpretation, Learner, nn, plt
+    arrays = [np.asarray(picture(i)) for i in range(24)]
+    source = folder if kind == "files" else {"image": arrays, "label": CLASSES * 8}
+    dls = build(source, test=.2)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)))
+    with learn.no_bar(), learn.no_logging():
+        for where in (dict(ds_idx=0), dict(ds_idx=1), dict(dl=dls.held_out())):
+            found = ClassificationInterpretation.from_learner(learn, **where)
+            found.plot_top_losses(4)
+            titles = [ax.get_title().split(" / ") for ax in plt.gcf().axes[:4]]
+            top, at = found.top_losses(4)
+            assert [t[1] for t in titles] == [f"{v:.2f}" for v in top.tolist()]
+            assert [t[0].split("/")[1] for t in titles] == [found.dl.items[i].label for i in at.tolist()]
+            found.plot_confusion_matrix()
+            found.show_results([0, 1])
+        learn.show_results()
+        for x in (folder / "cat/0.jpg", str(folder / "cat/0.jpg"), arrays[0], Image.fromarray(arrays[0])):
+            assert learn.predict(x)[0] in CLASSES
+        assert len(learn.get_preds(dl=dls.test_dl([folder / "cat/0.jpg"] * 5))[0]) == 5
+        held = learn.get_preds(dl=dls.held_out())[1]
+    assert [dls.vocab[i] for i in held] == [i.label for i in dls.held_out().items]
+    dls.show_batch(), dls.test_dl(arrays[:3]).show_batch()
+    plt.close("all")
+
+
 # ---- bad files
 
 def test_bad_files_are_left_out_and_listed(folder):

@@ -18,6 +18,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device, tensor
 from fastai.vision.augment import RandomErasing, RandomResizedCrop, aug_transforms
 from fastai.vision.core import PILImage
+from fastcore.foundation import L
 from fasttransform import DisplayedTransform
 from PIL import Image, ImageOps
 
@@ -114,7 +115,8 @@ class ImageData(DataLoaders):
 
 def _items(given, vocab, with_labels):
     "`Item`s out of pictures, or of a source where labels are wanted"
-    if isinstance(given, (list, tuple)) and given and all(isinstance(x, Item) for x in given): return list(given)
+    # fastai's interpretation hands back what the loader holds, as its `L`
+    if isinstance(given, (list, tuple, L)) and len(given) and all(isinstance(x, Item) for x in given): return list(given)
     if not with_labels: return [x if isinstance(x, Item) else Item(x) for x in given]
     table = read_source(given).table
     unknown = sorted(set(table["label"]) - set(vocab))

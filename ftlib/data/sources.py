@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.foundation import L
 from PIL import Image
 
 from .pictures import DataError, Ref
@@ -254,8 +255,8 @@ def read_source(
         is_table = Path(source).suffix.lower() == ".csv"
         return from_csv(source, root, **columns) if is_table else from_folder(source)
     if isinstance(source, Mapping) or hasattr(source, "column_names"): return from_mapping(source, **columns)
-    if isinstance(source, (tuple, list)):
-        if len(source) != 2:
+    if isinstance(source, (tuple, list, L)):
+        if len(source) != 2 or isinstance(source[0], (str, Path)):
             raise DataError(f"a {type(source).__name__} of {len(source)} came: give two, (files, labels).")
         root = Path("." if root is None else existing(root))
         return _source([root / x if isinstance(x, (str, Path)) else x for x in source[0]], source[1], path=root)
