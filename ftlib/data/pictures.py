@@ -6,6 +6,7 @@
 __all__ = ['MOST_PIXELS', 'DataError', 'PictureError', 'Ref', 'open_picture', 'check_file']
 
 # %% ../../nbs/01_data.pictures.ipynb #16bca226
+import re
 import struct
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def _from_array(a):
         raise PictureError(f"an array of shape {a.shape} is no picture: give height × width, or × 1, 3 or 4 channels.")
     low, high = float(a.min()), float(a.max())
     if a.dtype == bool or (a.dtype.kind == "f" and 0 <= low and high <= 1): a = a * 255.
-    elif a.dtype == np.uint16: a = a / 257
+    elif a.dtype.kind == "u" and a.dtype.itemsize == 2: a = a / 257
     elif not (low >= 0 and high <= 255):
         raise PictureError(f"an array of {a.dtype} from {low:g} to {high:g} is no picture: give 0…255, uint16, "
                            "or floats in [0, 1].")
@@ -78,12 +79,22 @@ def _buffer(x):
     return BytesIO(x)
 
 
+def _to_8_bits(im, bits):
+    "Grey of 8 bits out of `bits`, the same for every picture of a set; or out of floats"
+    a = np.asarray(im)
+    if im.mode == "F": return _from_array(a)
+    if a.min() < 0 or a.max() >= 2 ** bits:
+        raise PictureError(f"mode {im.mode} from {a.min()} to {a.max()}: it is read as {bits} bits, 0…{2 ** bits - 1}. "
+                           "Bring the values down to that first.")
+    return Image.fromarray(np.rint(a * (255 / (2 ** bits - 1))).astype(np.uint8))
+
+
 def _rgb(im):
     "Upright RGB: transparent parts white, 16 bits brought down to 8"
+    tags = getattr(im, "tag_v2", None) or {}
+    bits = min(16, tags.get(258, (16,))[0])  # BitsPerSample of a TIFF
     im = ImageOps.exif_transpose(im)
-    if im.mode.startswith("I") or im.mode == "F":
-        a = np.asarray(im, dtype=np.float32)
-        im = _from_array(np.clip(a / 257 if a.max() > 255 else a, 0, 255))
+    if im.mode.startswith("I") or im.mode == "F": im = _to_8_bits(im, bits)
     if im.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in im.info:
         im = im.convert("RGBA")
         white = Image.new("RGBA", im.size, (255, 255, 255, 255))
@@ -96,37 +107,66 @@ def open_picture(
     size:int|None=None,  # Where only this many pixels a side are needed: JPEGs are decoded at a scale that is cheaper
 ) -> PILImage:        # RGB
     "A picture as upright RGB. Raises `PictureError`, naming the picture, where it can't be decoded."
+    name = x if isinstance(x, (str, Path, Ref)) else f"a {type(x).__name__}"
     try: return PILImage(_rgb(_read(x, size)))
-    except PictureError: raise
+    except PictureError as e:
+        if name is not x: raise
+        raise PictureError(f"{name}: {e}") from e
     except _BROKEN as e:
-        name = x if isinstance(x, (str, Path, Ref)) else f"a {type(x).__name__}"
         raise PictureError(f"{name} can't be decoded as a picture ({type(e).__name__}: {str(e)[:200]}).") from e
 
-# %% ../../nbs/01_data.pictures.ipynb #7f9d1455
+# %% ../../nbs/01_data.pictures.ipynb #9181485e
 # Where PIL refuses to decode, too: a picture of this many pixels takes half a gigabyte.
 MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # Others stand inside the data of a scan
+
+
+def _jpeg_ends(data):
+    "Does the picture itself end, whatever follows it?"
+    at = 2
+    while marker := _MARKER.search(data, at):
+        at = marker.end()
+        if data[at - 1] == 0xD9: return True
+        at += int.from_bytes(data[at:at + 2], "big")
+    return False
+
+
+def _is_whole(file, im, tail):
+    "Does `file`, open as `im`, hold the picture to its end?"
+    if im.format not in _ENDS or tail.endswith(_ENDS[im.format]): return True
+    # The decoder takes zeros for data, so a JPEG needs its own end too.
+    if im.format in ("JPEG", "MPO"):
+        at = file.tell()
+        file.seek(0)
+        if not _jpeg_ends(file.read()): return False
+        file.seek(at)
+        im.draft("RGB", (64, 64))
+    try: im.load()
+    except _BROKEN: return False
+    return True
 
 
 def check_file(
     path,            # A file
 ) -> tuple|None:     # (problem, detail), or None where nothing is seen
-    "What is wrong with a picture file, from its size, header and last bytes"
+    "What is wrong with a picture file, from its size, header and last bytes; only odd ones are read whole"
     try:
         with open(path, "rb") as f:
             end = f.seek(0, 2)
             if end == 0: return "empty", "0 bytes"
-            f.seek(max(0, end - 4096))
+            f.seek(max(0, end - 8))
             tail = f.read()
             f.seek(0)
-            with Image.open(f) as im: kind, (w, h) = im.format, im.size
+            with Image.open(f) as im:
+                w, h = im.size
+                if w * h > MOST_PIXELS: return "enormous", f"{w} × {h} pixels"
+                if w * h == 0: return "corrupt", f"{w} × {h} pixels"
+                if not _is_whole(f, im, tail): return "truncated", f"the {im.format} stops before its end ({end:,} bytes)"
     except FileNotFoundError: return "missing", "no such file"
     except IsADirectoryError: return "missing", "a folder, not a file"
     except PermissionError: return "unreadable", "no permission to read it"
     except UnidentifiedImageError: return "not an image", "no known picture format"
     except Image.DecompressionBombError: return "enormous", f"more than {MOST_PIXELS:,} pixels"
     except _BROKEN as e: return "corrupt", f"{type(e).__name__}: {str(e)[:200]}"
-    if w * h > MOST_PIXELS: return "enormous", f"{w} × {h} pixels"
-    if w * h == 0: return "corrupt", f"{w} × {h} pixels"
-    if kind in _ENDS and _ENDS[kind] not in tail: return "truncated", f"the {kind} stops before its end ({end:,} bytes)"
     return None
