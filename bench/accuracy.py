@@ -2,7 +2,7 @@
 
 Three ways, each with 3 epochs of the head and 3 of everything, pictures of the same size, batches and augmentation:
 `ftlib` finds its rates by `lr_find`; `fastai` does the same with its own finder (its default, the valley);
-`fine_tune` is fastai's call with its default rate. The arithmetic is bfloat16 and channels-last for all of them.
+`fine_tune` is fastai's call with its default rate. Single precision and channels-last for all of them.
 A line is written to the CSV as each run ends; what is there already is not run again.
 """
 
@@ -72,11 +72,10 @@ def one(way, folder, weights, seed, size, bs):
     "Accuracies after the head's epochs and at the end, and the seconds it took"
     make, train = WAYS[way]
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
-        learn = make(folder, weights, seed, size, bs)
-        learn.model.to(memory_format=torch.channels_last)
-        learn.remove_cb(fv.ProgressCallback)
-        with learn.no_logging(): (frozen, unfrozen), rates = train(learn)
+    learn = make(folder, weights, seed, size, bs)
+    learn.model.to(memory_format=torch.channels_last)
+    learn.remove_cb(fv.ProgressCallback)
+    with learn.no_logging(): (frozen, unfrozen), rates = train(learn)
     return dict(frozen=frozen, unfrozen=unfrozen, lr_head=rates[0], lr_all=rates[1], seconds=time.perf_counter() - start)
 
 
@@ -87,7 +86,7 @@ def main():
     parser.add_argument("--sets", nargs="+", default=["pets3", "food3", "ants_bees", "cars20"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--bs", type=int, default=32, help="pictures in a batch")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy.csv"))
     args = parser.parse_args()

@@ -69,7 +69,7 @@ def main():
     parser.add_argument("--sets", nargs="+", default=["pets3", "ants_bees"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--bs", type=int, default=32, help="pictures in a batch")
+    parser.add_argument("--bs", type=int, default=16, help="pictures in a batch")
     parser.add_argument("--out", type=Path, default=Path("runs/lr_finder.csv"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -79,10 +79,9 @@ def main():
     for name in args.sets:
         for seed in args.seeds:
             if (name, seed) in done: continue
-            with torch.autocast("cpu", torch.bfloat16):
-                for state, learn in states(args.data / name, args.weights, seed, args.size, args.bs):
-                    rows.append(dict(set=name, seed=seed, state=state) | by_ftlib(learn) | by_fastai(learn, args.out.parent))
-                    print({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+            for state, learn in states(args.data / name, args.weights, seed, args.size, args.bs):
+                rows.append(dict(set=name, seed=seed, state=state) | by_ftlib(learn) | by_fastai(learn, args.out.parent))
+                print({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
             pd.DataFrame(rows).to_csv(args.out, index=False)
     table = pd.DataFrame(rows)
     print("largest / smallest suggestion over the seeds")

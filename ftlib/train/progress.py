@@ -9,8 +9,8 @@ __all__ = ['shows_bars', 'Progress']
 import sys
 
 from fastai.callback.progress import ProgressCallback
+from fastai.imports import noop  # fastcore has others of this name; `no_logging` takes this one
 from fastcore.imports import IN_NOTEBOOK
-from fastcore.foundation import noop
 
 # %% ../../nbs/22_train.progress.ipynb #908b6e24
 def shows_bars() -> bool:
