@@ -7,7 +7,7 @@ __all__ = ['TrainError', 'FiniteLoss', 'FrozenNorms', 'stages', 'Learner']
 
 # %% ../../nbs/35_train.learner.ipynb #cbaf9788
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..models.network import Network, is_norm
+from .frozen import on_features
 from .history import EpochLog, plot_history
 from .lr_find import find_lr
 from .metrics import as_metric
@@ -87,6 +88,8 @@ class Learner(FastaiLearner):
         wd_bn_bias:bool=False,  # Decay norms and biases too
         train_bn:bool=False,    # Norm layers of frozen stages keep learning (fastai's way)
         moms=(.95, .85, .95), default_cbs:bool=True,
+        cache:bool=True,        # Compute what is frozen once; see `on_features`
+        views:int=4,            # Random views of a picture that take turns while its features are kept
     ):
         if splitter is None: splitter = stages if isinstance(model, Network) else trainable_params
         super().__init__(dls, model, loss_func=_with_softmax(loss_func), opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
@@ -96,6 +99,7 @@ class Learner(FastaiLearner):
             self.remove_cb(ProgressCallback)
             self.add_cbs([Progress, EpochLog, FiniteLoss, FrozenNorms])
         self.add_cbs(cbs)
+        self.cache, self.views = cache, views
 
     @property
     def metrics(self): return self._metrics
@@ -221,9 +225,14 @@ class Learner(FastaiLearner):
         lrs = group_lrs(self.lr if lr is None else lr, len(hypers), factors)
         # an optimizer without momentum has nothing to cycle
         scheds = {k: self._scaled(f, lrs if k == 'lr' else 1., n_epoch) for k, f in scheds.items() if k in hypers[0]}
-        with self._kept_from_harm():
+        done = len(self.epoch_log.rows) if hasattr(self, 'epoch_log') else 0
+        with self._on_features(range(done, done + n_epoch - start_epoch), cbs=cbs), self._kept_from_harm():
             super().fit(n_epoch, lr=list(lrs), wd=wd, start_epoch=start_epoch,
                         cbs=(L(ParamScheduler(scheds)) if scheds else L()) + L(cbs))
+
+    def _on_features(self, train=(), valid=True, cbs=None):
+        "Within, batches are features where the frozen part allows it"
+        return on_features(self, train, valid, L(cbs), self.views) if self.cache else nullcontext()
 
     def _scaled(self, f, base, n_epoch): return lambda pct: base * f(pct * n_epoch, n_epoch)
 
@@ -244,11 +253,18 @@ class Learner(FastaiLearner):
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         "Loss and metrics on the validation set or on `dl`; history and recorder stay as they are."
-        with kept_attributes(*whole(self)): return super().validate(ds_idx, dl, cbs)
+        with self._looking(ds_idx, dl, cbs): return super().validate(ds_idx, dl, cbs)
 
     def get_preds(self, ds_idx=1, dl=None, **kwargs):
         "fastai's `get_preds`; history and recorder stay as they are."
-        with kept_attributes(*whole(self)): return super().get_preds(ds_idx, dl, **kwargs)
+        pictures = () if kwargs.get('with_input') else dl  # where inputs are wanted they are to be pictures
+        with self._looking(ds_idx, pictures, kwargs.get('cbs')): return super().get_preds(ds_idx, dl, **kwargs)
+
+    @contextmanager
+    def _looking(self, ds_idx, dl, cbs):
+        "Within, nothing leaves a trace; a loader of the learner's gives features where it can"
+        with kept_attributes(*whole(self)):
+            with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else nullcontext(): yield
 
     def lr_find(self,
         start_lr:float=1e-7,  # First rate
@@ -260,7 +276,8 @@ class Learner(FastaiLearner):
         ratios=None,          # Relative rates of the parameter groups, as `slice(1e-2, 1)`; rates given are the head's
     ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`
         "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …`. Nothing of the learner changes."
-        return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios)
+        with self._on_features((0,), valid=False):
+            return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios)
 
     @contextmanager
     def no_bar(self):
