@@ -272,6 +272,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ftlib.models.weights._first_line': ('models.weights.html#_first_line', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._is_learned': ('models.weights.html#_is_learned', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._matches': ('models.weights.html#_matches', 'ftlib/models/weights.py'),
+                                      'ftlib.models.weights._modern': ('models.weights.html#_modern', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._strange': ('models.weights.html#_strange', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights.body_state': ('models.weights.html#body_state', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights.download': ('models.weights.html#download', 'ftlib/models/weights.py'),
