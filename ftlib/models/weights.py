@@ -60,7 +60,7 @@ def load_state(net: nn.Module,         # A network without its classifier
     best = _first_layer(want, best)
     missing = [k for k in want if k not in best and _is_learned(k, want[k])]
     shapes = [k for k in want if k in best and best[k].shape != want[k].shape]
-    left = [k for k in best if k not in want]
+    left = [k for k in best if k not in want and not k.startswith('normalize.')]
     strange = _strange(want, left, best, classifier)
     if missing or shapes or strange:
         found = '; '.join(_differences(want, best, missing, shapes, strange))
