@@ -173,9 +173,9 @@ def _split(net, name, n_in, size):
     try: return split(net, n_in, size)
     except (AssertionError, RuntimeError) as e:
         said = str(e).partition('\n')[0]
-        raise ArchError(f'{name} cannot be run on {size}×{size} pictures of {n_in} channels ({said}). Pass the side that it was '
-                        "made for as input_size=, or have it built for another by its builder's own argument (image_size=, "
-                        'img_size=)') from e
+        raise ArchError(f'{name} cannot be run on {size}×{size} pictures of {n_in} channels ({said}). Pass the side that it '
+                        "was made for as input_size=, or have it built for another by its builder's own argument "
+                        '(image_size=, img_size=)') from e
 
 def _channels(v, n):
     "Statistics of three channels for `n`: their mean for one, repeated for more."

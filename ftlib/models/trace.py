@@ -76,7 +76,8 @@ def _steps(graph):
 def _parting(graph, training):
     "The module whose own code goes another way in training, or None."
     for n, m, a, b in zip_longest(graph.nodes, training.nodes, _steps(graph), _steps(training)):
-        if a != b: return commonprefix([_owners(x) for x in (n, m) if x is not None and x.op != 'output'] or [['net']])[-1]
+        if a == b: continue
+        return commonprefix([_owners(x) for x in (n, m) if x is not None and x.op != 'output'] or [['net']])[-1]
     return None
 
 def _owners(n):
