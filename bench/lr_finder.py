@@ -20,6 +20,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 
 import ftlib
+from ftlib.train.frozen import on_features
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 OURS, FASTAI = ["lr_min", "lr_steep", "suggested"], ["minimum", "steep", "valley", "slide"]
@@ -36,7 +37,7 @@ def by_fastai(learn, folder):
     plain = Learner(learn.dls, learn.model, loss_func=learn.loss_func, splitter=learn.splitter, path=folder)
     plain.remove_cb(ProgressCallback)
     start = time.perf_counter()
-    with plain.no_logging():
+    with plain.no_logging(), on_features(plain, valid=False):  # the same batches, computed once for both
         found = plain.lr_find(suggest_funcs=[or_none(getattr(schedule, name)) for name in FASTAI], show_plot=False)
     return found._asdict() | {"fastai s": time.perf_counter() - start}
 
@@ -76,7 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder of sets, each with train and valid folders")
     parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "resnet18-f37072fd.pth", help="a file for resnet18")
-    parser.add_argument("--sets", nargs="+", default=["pets3", "ants_bees"])
+    parser.add_argument("--sets", nargs="+", default=["food3", "ants_bees"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--bs", type=int, default=16, help="pictures in a batch")

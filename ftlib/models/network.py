@@ -74,7 +74,7 @@ class Network(nn.Sequential):
                  head: nn.Module,  # Features to one number per class
                 ):
         super().__init__(body, head)
-        self.frozen_to,self.train_bn,self._begins = 0,False,None
+        self.frozen_to,self.train_bn,self.keeps_statistics,self._begins = 0,False,False,None
 
     @property
     def body(self): return self[0]
@@ -146,9 +146,12 @@ class Network(nn.Sequential):
         return owned[self.frozen_to][0] if self.frozen_to < len(owned) else len(self.stages)
 
     def train(self, mode=True):
-        "Set training mode; frozen stages stay in evaluation mode."
+        "Set training mode; frozen stages stay in evaluation mode, and norms whose statistics are to be kept."
         super().train(mode)
         for stage in self.stages[:self.frozen]: stage.eval()
+        if self.keeps_statistics and not self.train_bn:
+            for m in self.body.modules():
+                if is_norm(m) and getattr(m, 'running_mean', None) is not None: m.eval()
         if self.frozen_to == len(self._owned()) and not self.train_bn: self.head.eval()
         return self
 

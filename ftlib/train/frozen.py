@@ -37,13 +37,13 @@ class FeatureDL(GetAttr):
 
     def __init__(self,
         dl,               # The loader of pictures that it stands in for
-        views,            # A `Features` for each view, None for those that will not be used
+        views,            # A `Features` for each view; they take turns
         names,            # The pictures' names, in the order of the data set
         targets,          # Class numbers, in the same order
-        turn:int=0,       # The view that the first pass takes
+        turn:int=0,       # The one that the first pass takes
     ):
         self.dl, self.views, self.names, self.targets, self.turn = dl, views, names, targets, turn
-        self.places = [None if v is None else v.places(names) for v in views]
+        self.places = [v.places(names) for v in views]
 
     def __len__(self): return len(self.dl)
 
@@ -203,7 +203,7 @@ def on_features(
     net, old = learn.model, learn.dls
     learn.dls = copy.copy(old)
     learn.dls.loaders = loaders
-    shape = next(v for dl in loaders if isinstance(dl, FeatureDL) for v in dl.views if v is not None).shape
+    shape = next(dl for dl in loaders if isinstance(dl, FeatureDL)).views[0].shape
     try:
         with net.beginning_at(net.frozen, shape): yield net.frozen
     finally: learn.dls = old
@@ -216,9 +216,9 @@ def _loaders(learn, train, valid, views, store):
         if not wanted or i >= len(loaders) or not len(loaders[i]): continue
         start, dl = time.perf_counter(), loaders[i]
         n = views if i == 0 and is_random(dl) else 1
-        names, turns = [picture_name(o) for o in dl.dataset.tls[0].items], {t % n for t in train} if i == 0 else {0}
-        found = [features_of(learn.model, dl, names, v, store) if v in turns else None for v in range(n)]
-        loaders[i] = FeatureDL(dl, found, names, targets_of(dl), min(train) if i == 0 else 0)
+        names, turns = [picture_name(o) for o in dl.dataset.tls[0].items], dict.fromkeys(t % n for t in train) if i == 0 else [0]
+        found = [features_of(learn.model, dl, names, v, store) for v in turns]
+        loaders[i] = FeatureDL(dl, found, names, targets_of(dl))
         loaders[i].fill_seconds = time.perf_counter() - start
-        loaders[i].fill_bytes = sum(v.nbytes for v in found if v is not None)
+        loaders[i].fill_bytes = sum(v.nbytes for v in found)
     return loaders

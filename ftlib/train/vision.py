@@ -27,7 +27,7 @@ def vision_learner(
     weights='imagenet',   # 'imagenet', a torchvision enum or its name, a file, another learner, or None
     loss_func=None, opt_func=Adam, lr=1e-3, splitter=None, cbs=None, metrics=None, path=None, model_dir='models', wd=None,
     wd_bn_bias:bool=False,
-    train_bn:bool=False,  # Norm layers of frozen stages keep learning, as fastai has it
+    train_bn:bool=False,  # fastai's way: the norms of frozen stages learn, and statistics move while the body trains
     moms=(.95, .85, .95),
     seed:int=None,        # Of the head's first weights
     cache:bool=True,      # Compute what is frozen once, and keep it
@@ -47,6 +47,7 @@ def vision_learner(
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None: torch.manual_seed(seed)
             net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **head)
+    if weights is not None: net.keeps_statistics = not train_bn
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
                     model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views)
     if weights is not None: learn.freeze()
