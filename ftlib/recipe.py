@@ -119,6 +119,8 @@ def fine_tune_run(
     "Finds the rate, trains the head, fine-tunes, predicts the validation pictures. Seconds are wall time."
     if epochs < 0 or freeze_epochs < 0 or epochs + freeze_epochs == 0:
         raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: ask for at least one epoch, and none below zero.")
+    if len(learn.dls.loaders) < 2 or not len(learn.dls.valid):
+        raise RunError("there are no validation pictures to judge the run by: build the data with valid=.2, or another share.")
     run = Run(learn)
     if freeze_epochs:
         learn.freeze()

@@ -9,6 +9,7 @@ __all__ = ['Middle', 'augmentations', 'WeightedLoss', 'ImageData', 'bad_files', 
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
@@ -139,6 +140,13 @@ def bad_files(
     return pd.DataFrame.from_dict(rows, orient="index", columns=["path", "problem", "detail"])
 
 
+def _report_empty(source):
+    "Warns of folders that would be classes, had they pictures"
+    if not source.empty: return
+    first = ", ".join(map(str, source.empty[:3])) + ", …" * (len(source.empty) > 3)
+    warnings.warn(f"no pictures in {first}: no class for {'it' if len(source.empty) == 1 else 'them'}.", stacklevel=3)
+
+
 def _without_bad(source):
     "Takes bad files out of the source's table; gives the list of them"
     bad = bad_files(list(source.table["item"]))
@@ -148,7 +156,7 @@ def _without_bad(source):
         raise DataError(f"none of the {len(bad):,} pictures can be used. {first}. Are the paths relative to "
                         "another folder (root=)?")
     warnings.warn(f"{len(bad):,} of {len(source.table):,} files are left out ({first}{'; …' * (len(bad) > 3)}). "
-                  "All are in `dls.bad_files`.", stacklevel=4)
+                  "All are in `dls.bad_files`.", stacklevel=3)
     source.table = source.table.drop(index=bad.index).reset_index(drop=True)
     gone = [c for c in source.classes if c not in set(source.table["label"])]
     if gone: raise DataError(f"class {gone[0]!r} has no usable picture left. {first}")
@@ -173,10 +181,12 @@ def image_data(
     device=None,               # Where batches go; fastai's default
 ) -> ImageData:                # Batches of floats in [0, 1], 3 × size × size, and class numbers
     "Pictures from anywhere as fastai `DataLoaders`. Raises `DataError` for what no classifier can be trained on."
-    _check_settings(size, bs, balance, num_workers)
+    _check_settings(size, bs, balance, num_workers, seed)
+    size, bs, seed = int(size), int(bs), int(seed)
     tfms = augmentations(augment)
     found = read_source(source, root=root, path=path, label=label, split=split)
     found.table = found.table.copy()
+    _report_empty(found)
     bad = _without_bad(found)
     table = split_table(found, valid, test, seed)
     shown = show_names(found.classes, names)
@@ -188,10 +198,10 @@ def image_data(
     return dls
 
 
-def _check_settings(size, bs, balance, num_workers):
-    for name, value, least in (("size", size, 1), ("bs", bs, 1), ("num_workers", num_workers, 0)):
+def _check_settings(size, bs, balance, num_workers, seed):
+    for name, value, least in (("size", size, 1), ("bs", bs, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
         if name == "num_workers" and value is None: continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise DataError(f"{name}={value!r}: give a whole number of at least {least}.")
     if balance not in (None, "loss", "sampler"):
         raise DataError(f"balance={balance!r}: use 'loss', 'sampler' or "

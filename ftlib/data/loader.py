@@ -100,10 +100,18 @@ class PictureDL(TfmdDL):
         self._pass_seed = self.rng.getrandbits(64)
         batches, nth = super().__iter__(), 0
         while True:
-            with seeded(self._pass_seed, 1, nth, device=self.device): batch = next(batches, None)
+            with seeded(self._pass_seed, 1, nth, device=self.device): batch = self._next(batches)
             if batch is None: return
             yield batch
             nth += 1
+
+    def _next(self, batches):
+        "The next batch, or None"
+        try: return next(batches, None)
+        except PictureError as e:
+            # From a worker it comes wrapped in the text of a traceback.
+            if "\nOriginal Traceback" not in str(e): raise
+            raise PictureError(str(e).split("PictureError: ")[-1].strip()) from e
 
     def do_item(self, s):
         with seeded(self._pass_seed, 0, s or 0, getattr(s, "nth", 0)): return super().do_item(s)

@@ -28,6 +28,7 @@ class Source:
     classes: list                                # The labels in order
     path: Path = Path(".")                       # The folder they come from
     others: list = field(default_factory=list)   # Files that are no pictures by name, or in no class's folder
+    empty: list = field(default_factory=list)    # Folders where a class's pictures would be, without any
 
 # %% ../../nbs/02_data.sources.ipynb #ee8946f2
 _SPLITS = {"train": "train", "training": "train",
@@ -123,6 +124,11 @@ def _files(folder):
     return found
 
 
+def _folders(folder):
+    "Every folder in `folder` that is not hidden, in order"
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _is_picture(path, endings=Image.registered_extensions()):
     return path.suffix.lower() in endings and path.suffix.lower() != ".pdf"
 
@@ -133,8 +139,8 @@ def from_folder(
     "Reads names only. Raises `DataError` where there are no pictures or no class folders."
     path = existing(path)
     if not path.is_dir(): raise DataError(f"{path} is a file: give a folder, or a .csv file.")
-    tops = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    by_split = [(p, split_name(p.name)) for p in sorted(tops) if p.name.lower() in _SPLITS]
+    tops = _folders(path)
+    by_split = [(p, split_name(p.name)) for p in tops if p.name.lower() in _SPLITS]
     # A set whose classes are called 'train' and 'bus' has no splits.
     if len(by_split) != len(tops) and not any(s == "train" for _, s in by_split): by_split = []
     rows, others = [], []
@@ -143,7 +149,10 @@ def from_folder(
             inside = file.relative_to(folder).parts
             if len(inside) > 1 and _is_picture(file): rows.append((file, inside[0], split))
             elif len(inside) > 1 or _is_picture(file): others.append(file)
-    if rows: return _source(*zip(*rows), path=path, others=others)
+    if rows:
+        source, filled = _source(*zip(*rows), path=path, others=others), {name for _, name, _ in rows}
+        source.empty = [p for f, _ in by_split or [(path, None)] for p in _folders(f) if p.name not in filled]
+        return source
     loose = sum(map(_is_picture, others))
     has = f"{loose:,} pictures, but none inside the folder of a class" if loose else "no pictures in it"
     raise DataError(f"{path} has {has}: it should hold one folder of pictures for each class.")

@@ -30,7 +30,7 @@ from .metrics import as_metric
 from .optimizer import build_optimizer
 from .progress import Progress
 from .schedule import (
-    Cosine, FlatCosine, Momentum, OneCycle, ReduceLROnPlateau, as_schedule, group_lrs)
+    Cosine, FlatCosine, Momentum, OneCycle, RateError, ReduceLROnPlateau, as_schedule, group_lrs)
 from .transaction import kept_attributes, snapshot, whole
 
 # %% ../../nbs/35_train.learner.ipynb #13119dda
@@ -44,12 +44,12 @@ class FiniteLoss(Callback):
 
     def after_loss(self):
         if self.learn.train_iter == 0 and not hasattr(self.learn, 'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            raise TrainError(f'the loss of the first batch is {float(self.learn.loss.mean())}: nothing was trained. Look for NaN '
+            raise TrainError(f'the loss of the first batch is {float(self.learn.loss.detach().mean())}: nothing was trained. Look for NaN '
                              'or infinities in the inputs (`dls.one_batch()[0].isfinite().all()`) and in the weights.')
 
     def after_train(self):
         if hasattr(self.learn, 'loss') and not hasattr(self.learn, 'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            warnings.warn(f'epoch {self.learn.epoch} ended on a loss of {float(self.learn.loss.mean())}: the rate is too high, '
+            warnings.warn(f'epoch {self.learn.epoch} ended on a loss of {float(self.learn.loss.detach().mean())}: the rate is too high, '
                           'and the weights are spoilt.')
 
 
@@ -233,9 +233,11 @@ class Learner(FastaiLearner):
         moms = [h.get('mom') for h in self.opt.hypers]
         restore = snapshot(*(o for o in whole(self) if not isinstance(o, (Recorder, EpochLog))))
         try: yield
-        except BaseException:
+        except BaseException as e:
             restore()
             for p in self.model.parameters(): p.grad = None
+            # fastai puts the name of the callback before what it says
+            if isinstance(e, (TrainError, RateError)): e.args = (str(e).rpartition('`:\n\t')[2],)
             raise
         finally:
             if moms[0] is not None: self.opt.set_hyper('mom', moms)
