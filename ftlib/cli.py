@@ -161,7 +161,8 @@ def _place(file):
 def _report(run, out):
     "The tables of a run on the screen, everything in files"
     print("\nby class (validation pictures)\n" + run.classes.round(3).to_string(index=False))
-    print("\n" + run.summary.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    digits = {"lr": "{:.2e}".format, "seconds": "{:.1f}".format, "top-1": "{:.4f}".format}
+    print("\n" + run.summary.rename(columns={"top1": "top-1"}).to_string(index=False, na_rep="", formatters=digits))
     print(f"\ntop-1 {run.top1:.4f} in {run.summary['seconds'].iloc[-1]:.0f} s")
     print(f"written to {out}: {', '.join(p.name for p in run.save(out))}")
 

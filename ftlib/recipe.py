@@ -140,7 +140,7 @@ def _phase(run, name, epochs, lr, say, spread, sweep):
         say(f"\n{name}: looking for the rate")
         run.curves[name] = run.learn.lr_find(show_plot=False, **sweep)
         lr = _suggested(run.curves[name], say)
-    say(f"{name}: {epochs} epochs at {lr:.2e}")
+    say(f"{name}: {epochs} epoch{'s' * (epochs != 1)} at {lr:.2e}")
     run.learn.fit_one_cycle(epochs, spread(lr))
     if not np.isfinite(run.learn.history[["train_loss", "valid_loss"]].iloc[-1].astype(float)).all():
         raise RunFailed(f"{name}: the loss is no finite number after {epochs} epochs at {lr:.2e}: try a tenth of that rate.")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback import hook  # noqa: F401  gives fastai's Learner its `summary`
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -31,7 +32,7 @@ from .optimizer import build_optimizer
 from .progress import Progress
 from .schedule import (
     Cosine, FlatCosine, Momentum, OneCycle, RateError, ReduceLROnPlateau, as_schedule, group_lrs)
-from .transaction import kept_attributes, snapshot, whole
+from .transaction import kept_attributes, kept_random, snapshot, whole
 
 # %% ../../nbs/35_train.learner.ipynb #13119dda
 class TrainError(ValueError):
@@ -248,9 +249,13 @@ class Learner(FastaiLearner):
         "Loss and metrics on the validation set or on `dl`; history and recorder stay as they are."
         with kept_attributes(*whole(self)): return super().validate(ds_idx, dl, cbs)
 
-    def get_preds(self, ds_idx=1, dl=None, **kwargs):
+    def get_preds(self, ds_idx=1, dl=None, *args, **kwargs):
         "fastai's `get_preds`; history and recorder stay as they are."
-        with kept_attributes(*whole(self)): return super().get_preds(ds_idx, dl, **kwargs)
+        with kept_attributes(*whole(self)): return super().get_preds(ds_idx, dl, *args, **kwargs)
+
+    def summary(self):
+        "fastai's table of layers; history, recorder and the order of the batches stay as they are."
+        with kept_attributes(*whole(self)), kept_random(*self.dls.loaders): return super().summary()
 
     def lr_find(self,
         start_lr:float=1e-7,  # First rate
