@@ -102,6 +102,18 @@ def test_tables(folder, text, said):
     with pytest.raises(DataError, match=said): build(folder / "labels.csv")
 
 
+@pytest.mark.parametrize("labels,said", [(np.eye(2)[[0, 1] * 4], "a ndarray as a label"), (torch.eye(2)[[0, 1] * 4], "a Tensor as a label"),
+                                         ([["a"], ["a", "b"]] * 4, "a list as a label")], ids=["one-hot", "tensors", "lists"])
+def test_more_than_one_class_a_picture(labels, said):
+    pictures = [np.zeros((20, 20, 3), np.uint8)] * 8
+    for source in ((pictures, labels), {"image": pictures, "label": labels}, pd.DataFrame({"image": pictures, "label": list(labels)})):
+        with pytest.raises(DataError, match=f"{said}.*give each picture one class"): build(source)
+
+
+def test_a_list_of_names_has_one_a_class(folder):
+    with pytest.raises(DataError, match="names has 3 entries for 2 classes"): build(folder, names=["x", "y", "z"])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_class_that_can_not_be_decoded(folder, workers):
     for file in (folder / "b").iterdir(): break_inside(file)

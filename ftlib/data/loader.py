@@ -105,6 +105,14 @@ class PictureDL(TfmdDL):
             yield batch
             nth += 1
 
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
+        "As fastai's; with `unique`, the first picture as often as a batch holds, in a crop of its own each time"
+        if b is None and unique:
+            self.get_idxs = lambda: _draws([0] * self.bs)
+            try: b = self.one_batch()
+            finally: del self.get_idxs
+        return super().show_batch(b, max_n, ctxs, show, **kwargs)
+
     def _next(self, batches):
         "The next batch, or None"
         try: return next(batches, None)
