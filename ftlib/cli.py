@@ -206,7 +206,7 @@ def _audit(args):
     if args.csv: found.to_csv(args.csv, index=False)
     if not len(found): return print("no problems found")
     print(found["problem"].value_counts().to_string(), end="\n\n")
-    print(found.head(20).to_string(index=False))
+    print(found.head(20).dropna(axis=1, how="all").fillna("").to_string(index=False))
     if len(found) > 20: print(f"… and {len(found) - 20} more" + ("" if args.csv else ": --csv FILE writes them all"))
     return 1
 

@@ -53,7 +53,8 @@ def existing(path):
     if path.exists(): return path
     parent = next(p for p in [*path.parents, Path(".")] if p.exists())
     absent = path.relative_to(parent).parts[0] if path.is_relative_to(parent) else path.name
-    raise DataError(f"{path} does not exist: {parent} has no {absent!r}." + did_you_mean(absent, os.listdir(parent)))
+    where = "this folder" if parent == Path(".") else parent
+    raise DataError(f"{path} does not exist: {where} has no {absent!r}." + did_you_mean(absent, os.listdir(parent)))
 
 
 def split_name(value):

@@ -71,7 +71,9 @@ def _with_softmax(loss):
                                 label_smoothing=loss.label_smoothing)
 
 
-def stages(model) -> list:  # A `Network`
+def stages(
+    model,  # A `Network`
+) -> list:  # Lists of parameters
     "The splitter of a `Network`: its parameters by stage, the head last."
     return model.groups()
 
