@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
-ROOMS  := $(sort $(shell find nbs -name '*.ipynb' -not -path '*/.*'))
+ROOMS  := $(sort $(wildcard nbs/*.ipynb))
 
 # One thread for each of the parallel workers: more only makes them fight for the cores.
 QUIET  := OMP_NUM_THREADS=1 IN_TEST=1

@@ -6,6 +6,7 @@ everything). The spread is the largest over the smallest; a suggestion of none i
 """
 
 import argparse
+import functools
 import time
 import warnings
 from pathlib import Path
@@ -36,8 +37,17 @@ def by_fastai(learn, folder):
     plain.remove_cb(ProgressCallback)
     start = time.perf_counter()
     with plain.no_logging():
-        found = plain.lr_find(suggest_funcs=[getattr(schedule, name) for name in FASTAI], show_plot=False)
+        found = plain.lr_find(suggest_funcs=[or_none(getattr(schedule, name)) for name in FASTAI], show_plot=False)
     return found._asdict() | {"fastai s": time.perf_counter() - start}
+
+
+def or_none(func):
+    "`func`, with nan in place of the error that fastai's raise for a sweep of a few points"
+    @functools.wraps(func)
+    def told(lrs, losses, num_it):
+        try: return func(lrs, losses, num_it)
+        except IndexError: return np.nan, None
+    return told
 
 
 def states(folder, weights, seed, size, bs):

@@ -211,8 +211,10 @@ def shell(tmp_path, monkeypatch, capsys):
 
     def run(args):
         capsys.readouterr()
-        try: code = main(args.split())
-        except SystemExit as stop: code = stop.code
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            try: code = main(args.split())
+            except SystemExit as stop: code = stop.code
         lines = capsys.readouterr().err.strip().splitlines()
         return subprocess.CompletedProcess(args, code, stderr=[s for s in lines if not s.startswith("ftlib: warning: ")],
                                            stdout=[s for s in lines if s.startswith("ftlib: warning: ")])

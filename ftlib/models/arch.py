@@ -69,10 +69,12 @@ class Arch:
         """The network without its classifier, for pictures of `n_in` channels. `pretrained`: the torchvision weights that
         are to be loaded into it, or True for timm's own. Notes mean, std and size. More arguments go to the builder."""
         build = {'torchvision': self._torchvision, 'timm': self._timm}.get(self.source, self._given)
-        try: return build(n_in, pretrained, **kwargs).eval()
+        try: net = build(n_in, pretrained, **kwargs).eval()
         except TypeError as e:
             if not kwargs: raise
             raise ArchError(f'{self.name} cannot be built with {kwargs}: {e}') from e
+        self.size = _own_size(net) or self.size
+        return net
 
     def _torchvision(self, n_in, pretrained, **kwargs):
         chosen = pretrained or (self.enum.DEFAULT if len(self.enum) else None)
@@ -85,7 +87,6 @@ class Arch:
             kwargs = dict(aux_logits=False, init_weights=False, transform_input=n_in == 3) | kwargs
             if n_in != 3: self.mean,self.std = (.5,)*3,(.5,)*3
         net = torchvision.models.get_model(self.name, weights=None, **kwargs)
-        self.size = getattr(net, 'image_size', self.size)
         return with_channels(self._without_classifier(net), n_in)
 
     def _timm(self, n_in, pretrained, **kwargs):
@@ -119,6 +120,11 @@ class Arch:
         net.set_submodule(layers[-1], nn.Identity())
         self.classifier = [layers[-1]]
         return net
+
+def _own_size(net):
+    "The side of the pictures that a network with positions for them was built for, or None."
+    own = getattr(net, 'image_size', None) or getattr(getattr(net, 'patch_embed', None), 'img_size', None)
+    return own[-1] if isinstance(own, (tuple, list)) else own
 
 # %% ../../nbs/14_models.arch.ipynb #aee491f1
 def with_channels(net, n_in):

@@ -165,9 +165,17 @@ def backbone(arch,               # A name, a function that builds a classifier, 
     a = find_arch(arch)
     net = _filled(a, weights, n_in, **kwargs)
     size = input_size or a.size
-    stages, shapes, width = _end(*split(net, n_in, size), cut, concat_pool, pool)
+    stages, shapes, width = _end(*_split(net, a.name, n_in, size), cut, concat_pool, pool)
     norm = Normalize(_channels(a.mean, n_in), _channels(a.std, n_in)) if normalize else nn.Identity()
     return Body(norm, stages, width, a.name, size, shapes).train()
+
+def _split(net, name, n_in, size):
+    try: return split(net, n_in, size)
+    except (AssertionError, RuntimeError) as e:
+        said = str(e).partition('\n')[0]
+        raise ArchError(f'{name} cannot be run on {size}×{size} pictures of {n_in} channels ({said}). Pass the side that it '
+                        "was made for as input_size=, or have it built for another by its builder's own argument "
+                        '(image_size=, img_size=)') from e
 
 def _channels(v, n):
     "Statistics of three channels for `n`: their mean for one, repeated for more."

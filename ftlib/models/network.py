@@ -7,6 +7,8 @@ __all__ = ['Normalize', 'is_norm', 'Body', 'Network']
 
 # %% ../../nbs/10_models.network.ipynb #62fbf2dc
 import copy
+from contextlib import contextmanager
+
 import pandas as pd
 import torch
 from torch import nn
@@ -72,7 +74,7 @@ class Network(nn.Sequential):
                  head: nn.Module,  # Features to one number per class
                 ):
         super().__init__(body, head)
-        self.frozen_to,self.train_bn = 0,False
+        self.frozen_to,self.train_bn,self._begins = 0,False,None
 
     @property
     def body(self): return self[0]
@@ -149,6 +151,20 @@ class Network(nn.Sequential):
         for stage in self.stages[:self.frozen]: stage.eval()
         if self.frozen_to == len(self._owned()) and not self.train_bn: self.head.eval()
         return self
+
+    def forward(self, x):
+        if self._begins is None or tuple(x.shape[1:]) != self._begins[1]: return super().forward(x)
+        for part in [*self.stages[self._begins[0]:], self.head]: x = part(x)
+        return x
+
+    @contextmanager
+    def beginning_at(self, k,   # Stages that are passed over
+                     shape,     # What comes out of them, without the batch dimension
+                    ):
+        "Within, a batch of features of this `shape` goes on after the first `k` stages; pictures go the whole way."
+        before, self._begins = self._begins, (k, tuple(shape))
+        try: yield self
+        finally: self._begins = before
 
     def table(self):
         "A DataFrame, one row per stage and one for the head: output shape, parameters, what trains, the norms."

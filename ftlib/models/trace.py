@@ -8,9 +8,12 @@ __all__ = ['BATCH', 'NUMBERS', 'n_params', 'trace', 'opaque', 'shapes']
 # %% ../../nbs/11_models.trace.ipynb #471cfb84
 import sys
 from contextlib import contextmanager
+from itertools import zip_longest
+from os.path import commonprefix
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 
 # %% ../../nbs/11_models.trace.ipynb #171e9074
 class _Whole(nn.Module):
@@ -46,20 +49,55 @@ def trace(net: nn.Module # Any network
     whole, closed = _Whole(net).eval(), set()
     while True:
         tracer = _Coarse(closed, n_params(net)/2, *leaves)
-        try: graph = tracer.trace(whole)
+        try: graph, training = tracer.trace(whole), tracer.trace(whole.train())
         # tracing runs the network's own code, which may raise anything; the module it happened in is kept whole
         except Exception as e:
             if not tracer.inside or tracer.inside[-1] in closed:
                 raise ValueError(f'{type(net).__name__} cannot be traced; wanted a module whose forward takes pictures') from e
-            closed.add(tracer.inside[-1])
-        else: return _unwrapped(graph, whole)
+            odd = tracer.inside[-1]
+        else: odd = _parting(graph, training)
+        finally: whole.eval()
+        if odd is None: break
+        closed.add(odd)
+    graph = _unwrapped(graph, whole)
+    _with_layers(graph, training, net)
+    return _anywhere(graph)
+
+_DROPS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
+          F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout}
+
+def _steps(graph):
+    "What a graph does, whatever its nodes are called and whichever mode its dropout functions were told."
+    at = {n: i for i, n in enumerate(graph.nodes)}
+    for n in graph.nodes:
+        kwargs = {k: v for k, v in n.kwargs.items() if k != 'training' or n.target not in _DROPS}
+        yield n.op, None if n.op == 'get_attr' else n.target, map_arg((n.args, kwargs), at.get)
+
+def _parting(graph, training):
+    "The module whose own code goes another way in training, or None."
+    for n, m, a, b in zip_longest(graph.nodes, training.nodes, _steps(graph), _steps(training)):
+        if a == b: continue
+        return commonprefix([_owners(x) for x in (n, m) if x is not None and x.op != 'output'] or [['net']])[-1]
+    return None
+
+def _owners(n):
+    "The modules whose code calls this node, the outermost first."
+    stack = [path for path, _ in n.meta['nn_module_stack'].values()]
+    return stack[:-1] if n.op == 'call_module' else stack
+
+def _with_layers(graph, training, net):
+    "A dropout function that is told the mode becomes a layer, which knows it."
+    for n, m in zip(graph.nodes, training.nodes):
+        if n.target not in _DROPS or n.kwargs['training'] or not m.kwargs['training']: continue
+        net.add_module(f'{n.name}_layer', _DROPS[n.target](n.kwargs['p']))
+        n.op, n.target, n.kwargs = 'call_module', f'{n.name}_layer', {}
 
 def _unwrapped(graph, whole):
     for n in graph.nodes:
         if n.op not in ('call_module', 'get_attr'): continue
         if n.target.startswith('net.') or n.target == 'net': n.target = n.target[4:]
         else: whole.net.register_buffer(n.target, getattr(whole, n.target), persistent=False)
-    return _anywhere(graph)
+    return graph
 
 def _anywhere(graph):
     "A device that was written down while tracing becomes that of the pictures, so that the network can move."

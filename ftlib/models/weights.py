@@ -38,6 +38,14 @@ def peeled(state: dict):
         state = less
         yield state
 
+# torchvision renamed these layers after it had published their weights
+_renamed = ((re.compile(r'(denselayer\d+\.(?:norm|conv))\.([12])\.'), r'\1\2.'),
+            (re.compile(r'\.mlp\.linear_1\.'), '.mlp.0.'), (re.compile(r'\.mlp\.linear_2\.'), '.mlp.3.'))
+
+def _modern(state):
+    for old, new in _renamed: state = {old.sub(new, k): v for k, v in state.items()}
+    return state
+
 # %% ../../nbs/13_models.weights.ipynb #cb8b3ec9
 def load_state(net: nn.Module,         # A network without its classifier
                state: dict,            # A state dict or checkpoint
@@ -47,17 +55,19 @@ def load_state(net: nn.Module,         # A network without its classifier
               ) -> list:               # Keys that were left out, the old head's
     "Load all of `net` from `state`, whatever prefixes it has. Raises `WeightsError`, and then nothing is loaded."
     want = net.state_dict()
-    best = max(peeled(unwrapped(state)), key=lambda s: _matches(want, s))
+    plain = unwrapped(state)
+    best = max((*peeled(plain), *peeled(_modern(plain))), key=lambda s: _matches(want, s))
     best = _first_layer(want, best)
     missing = [k for k in want if k not in best and _is_learned(k, want[k])]
     shapes = [k for k in want if k in best and best[k].shape != want[k].shape]
-    left = [k for k in best if k not in want]
+    left = [k for k in best if k not in want and not k.startswith('normalize.')]
     strange = _strange(want, left, best, classifier)
     if missing or shapes or strange:
         found = '; '.join(_differences(want, best, missing, shapes, strange))
         raise WeightsError(f'{source} do not fit {name or type(net).__name__}: {_matches(want, best)} of {len(want)} tensors '
                            f'match; {found}. Are they of another architecture?')
-    net.load_state_dict({k: best.get(k, v) for k, v in want.items()})
+    want.update({k: v for k, v in best.items() if k in want})
+    net.load_state_dict(want) # the network's own dict, with the versions that some layers ask for
     return left
 
 # %% ../../nbs/13_models.weights.ipynb #fff71a12

@@ -22,6 +22,10 @@ class EpochLog(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         self.trained, self.new_fit = False, True
+        loader, start = getattr(self.learn.dls, 'train', None), getattr(self.learn.model, '_begins', None)
+        # features that were computed for this fit count for its first epoch
+        self.filled = getattr(loader, 'fill_seconds', 0.), getattr(loader, 'fill_bytes', 0)
+        self.cached = start[0] if start else 0
 
     def before_train(self):
         if self.new_fit: self.phase, self.new_fit = self.phase + 1, False
@@ -40,7 +44,9 @@ class EpochLog(Callback):
         scores = {n: v for n, v in zip(_unique(names), values) if n != 'time'}
         at = dict(phase=self.phase, epoch=self.learn.epoch)
         self.rows.append({**at, **scores, 'lr': self.lrs[-1], 'seconds': time.perf_counter() - self.started,
-                          'frozen': getattr(self.learn.model, 'frozen', 0)})
+                          'frozen': getattr(self.learn.model, 'frozen', 0), 'cached': self.cached,
+                          'fill_seconds': self.filled[0], 'fill_bytes': self.filled[1]})
+        self.filled = 0., 0
         self.step_rows += [{**at, 'loss': float(l), 'lr': lr} for l, lr in zip(self.losses, self.lrs)]
         self.trained, self.losses = False, []
 
@@ -86,7 +92,7 @@ def plot_history(
     return fig
 
 
-_not_metrics = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen')
+_not_metrics = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds', 'fill_bytes')
 
 
 def _epoch_ends(epochs, steps):

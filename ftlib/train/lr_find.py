@@ -67,7 +67,7 @@ class FoundLRs(namedtuple('FoundLRs', 'lr_min lr_steep')):
 # %% ../../nbs/26_train.lr_find.ipynb #56a1bd1b
 class LRSweep(Callback):
     "Grows the rate from step to step and records the loss, beside the loss of the starting weights on the same batch."
-    order, run_valid = 200, False
+    order, run_valid, pictures = 200, False, False
     name = 'lr_finder'  # the name by which fastai's callbacks know that this is no real training
 
     def __init__(self,
@@ -83,7 +83,7 @@ class LRSweep(Callback):
         if not k: self.twin = copy.deepcopy(net)
         else:
             self.twin = copy.deepcopy(nn.Sequential(*net.stages[k:], net.head))
-            self.hook = net.stages[k - 1].register_forward_hook(lambda m, i, out: self._refer(out))
+            if net._begins is None: self.hook = net.stages[k - 1].register_forward_hook(lambda m, i, out: self._refer(out))
 
     def before_batch(self):
         self.learn.opt.set_hyper('lr', list(self.ratios * self.lrs[len(self.losses)]))

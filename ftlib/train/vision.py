@@ -30,6 +30,8 @@ def vision_learner(
     train_bn:bool=False,  # Norm layers of frozen stages keep learning, as fastai has it
     moms=(.95, .85, .95),
     seed:int=None,        # Of the head's first weights
+    cache:bool=True,      # Compute what is frozen once, and keep it
+    views:int=4,          # Random views of a picture that take turns while its features are kept
     init=nn.init.kaiming_normal_,
     **head,               # More arguments of `create_network`: cut, custom_head, concat_pool, lin_ftrs, ps, n_in, …
 ) -> Learner:
@@ -46,7 +48,7 @@ def vision_learner(
             if seed is not None: torch.manual_seed(seed)
             net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **head)
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
-                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
+                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views)
     if weights is not None: learn.freeze()
     return learn
 
