@@ -37,7 +37,10 @@ class Described(MarkdownRenderer):
 
 def _signature(signature):
     "A signature as one would write it: no module paths, functions by name"
-    text = re.sub(r"<(?:class|function|built-in function) '?([\w.]+)[^>]*>", r"\1", str(signature))
+    # fastai lets one pass every event to any callback.
+    events = [p for p in signature.parameters if re.match("(after|before)_", p)]
+    own = signature.replace(parameters=[p for n, p in signature.parameters.items() if n not in events])
+    text = re.sub(r"<(?:class|function|built-in function) '?([\w.]+)[^>]*>", r"\1", str(own))
     text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", text)
     return re.sub(r"<factory>", "...", text).removesuffix(" -> None")
 

@@ -26,6 +26,7 @@ _ROOMS = {
     "train.schedule": "RateError Constant Step Exponential Cosine Linear Warmup OneCycle FlatCosine ReduceLROnPlateau",
     "train.optimizer": "TorchOptimizer",
     "train.lr_curve": "LRCurve CurveError",
+    "train.metrics": "top_k",
     "train.learner": "Learner TrainError",
     "train.vision": "vision_learner",
     "recipe": "fine_tune_run Run RunError RunFailed per_class plot_per_class",

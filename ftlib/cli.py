@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import ftlib
 from . import __version__
 
 # %% ../nbs/90_cli.ipynb #282eb6e6
@@ -32,7 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
         "ftlib", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Fine-tune image classifiers, on fastai.",
         epilog="a folder of pictures holds one folder for each class (or train/ and valid/ with those inside).\n\n"
-               "ftlib COMMAND --help shows the options of a command and examples.")
+               "ftlib COMMAND --help shows the options of a command and examples.\n\n"
+               "exit codes:\n"
+               "  0    all is well\n"
+               "  1    audit found something, no model matches, or a run failed on the way\n"
+               "  2    it can't be done as asked: pictures, weights, names, rates or options (one line says why)\n"
+               "  130  stopped by Ctrl-C")
     parser.add_argument("--version", action="version", version=f"ftlib {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (_demo_options, _train_options, _lr_find_options, _audit_options, _models_options): add(commands)
@@ -69,10 +75,11 @@ def _rate(text):
 
 def _data_options(command):
     "What to read and how"
-    command.add_argument("folder", metavar="DIR", type=Path, help="folder with one folder of pictures for each class")
+    command.add_argument("folder", metavar="DIR", type=Path,
+                         help="folder with one folder of pictures for each class, or a .csv with columns path and label")
     command.add_argument("--size", type=_whole, default=224, help="pixels a side")
     command.add_argument("--valid", type=float, default=.2, help="share kept for validation, where DIR has no valid/")
-    command.add_argument("--seed", type=int, default=42, help="of the split, the batches and the first weights")
+    command.add_argument("--seed", type=_whole, default=42, help="of the split, the batches and the first weights")
     command.add_argument("--bs", type=_whole, default=64, help="pictures in a batch")
 
 
@@ -109,7 +116,7 @@ def _lr_find_options(commands):
 
 def _audit_options(commands):
     command = _command(commands, "audit", _audit, "List broken, doubled, leaking and too few pictures; exits 1 if there are any")
-    command.add_argument("folder", metavar="DIR", type=Path, help="folder of pictures")
+    command.add_argument("folder", metavar="DIR", type=Path, help="folder of pictures, or a .csv")
     command.add_argument("--quick", action="store_true", help="headers only: nothing is decoded, near duplicates are not seen")
     command.add_argument("--csv", type=Path, help="write the list here")
 
@@ -144,10 +151,18 @@ def _data(args):
     return {name: getattr(args, name) for name in ("size", "valid", "seed", "bs")}
 
 
+def _place(file):
+    "Makes the folder for a CSV file before the work, so that a place that can't be written to costs none"
+    if file is None: return
+    if file.is_dir(): raise IsADirectoryError(f"{file} is a folder: name a file in it.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _report(run, out):
     "The tables of a run on the screen, everything in files"
     print("\nby class (validation pictures)\n" + run.classes.round(3).to_string(index=False))
-    print("\n" + run.summary.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    digits = {"lr": "{:.2e}".format, "seconds": "{:.1f}".format, "top-1": "{:.4f}".format}
+    print("\n" + run.summary.rename(columns={"top1": "top-1"}).to_string(index=False, na_rep="", formatters=digits))
     print(f"\ntop-1 {run.top1:.4f} in {run.summary['seconds'].iloc[-1]:.0f} s")
     print(f"written to {out}: {', '.join(p.name for p in run.save(out))}")
 
@@ -164,7 +179,7 @@ def _demo(args):
 
 
 def _train(args):
-    args.out.mkdir(parents=True, exist_ok=True)  # before the work, so that a place that can't be written to costs none
+    args.out.mkdir(parents=True, exist_ok=True)
     from ftlib.recipe import fine_tune_run
     learn = _learner(args.folder, args.arch, args.weights, _data(args))
     # A body without weights has nothing to keep: freezing it would train a head on noise.
@@ -185,17 +200,19 @@ def _lr_find(args):
 
 
 def _audit(args):
+    _place(args.csv)
     from ftlib.data.audit import audit
     found = audit(args.folder, deep=not args.quick)
     if args.csv: found.to_csv(args.csv, index=False)
     if not len(found): return print("no problems found")
     print(found["problem"].value_counts().to_string(), end="\n\n")
-    print(found.head(20).to_string(index=False))
+    print(found.head(20).dropna(axis=1, how="all").fillna("").to_string(index=False))
     if len(found) > 20: print(f"… and {len(found) - 20} more" + ("" if args.csv else ": --csv FILE writes them all"))
     return 1
 
 
 def _models(args):
+    _place(args.csv)
     from ftlib.models.backbone import backbones
     found = backbones(args.pattern)
     if args.csv: found.to_csv(args.csv, index=False)
@@ -207,7 +224,33 @@ def _is_bad_input(error):
     "Did the user ask for something that can't be (exit 2), or did a run break (exit 1)?"
     ours = isinstance(error, ValueError) and type(error).__module__.split(".")[0] == "ftlib"
     absent = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ftlib")
-    return ours or absent or isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError))
+    # Files that we could not read are errors of ours: these are places that can't be written to.
+    return ours or absent or isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+                                                PermissionError))
+
+
+def _one_line(error): return " ".join(str(error).split())
+
+
+def _warn(message, category, filename, *where):
+    "Our own warnings in a line. What other libraries tell their developers is no news to whoever types a command"
+    if category is UserWarning and Path(filename).is_relative_to(Path(ftlib.__file__).parent):
+        print(f"ftlib: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _run(args):
+    "The exit code of a command"
+    try: return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("ftlib: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        print(f"ftlib: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
+        return 2 if _is_bad_input(error) else 1
 
 
 def main(
@@ -215,13 +258,7 @@ def main(
 ) -> int:                      # 0: well; 1: problems found, or the run failed; 2: bad input
     "Runs one command"
     args = build_parser().parse_args(argv)
-    # What a library tells its developers is no news to whoever types a command.
-    if not args.debug: warnings.simplefilter("ignore", FutureWarning)
-    try: return args.run(args) or 0
-    except KeyboardInterrupt:
-        print("ftlib: stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if args.debug: raise
-        print(f"ftlib: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if _is_bad_input(error) else 1
+    if args.debug: return args.run(args) or 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(args)

@@ -119,6 +119,8 @@ def fine_tune_run(
     "Finds the rate, trains the head, fine-tunes, predicts the validation pictures. Seconds are wall time."
     if epochs < 0 or freeze_epochs < 0 or epochs + freeze_epochs == 0:
         raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: ask for at least one epoch, and none below zero.")
+    if len(learn.dls.loaders) < 2 or not len(learn.dls.valid):
+        raise RunError("there are no validation pictures to judge the run by: build the data with valid=.2, or another share.")
     run = Run(learn)
     if freeze_epochs:
         learn.freeze()
@@ -138,7 +140,7 @@ def _phase(run, name, epochs, lr, say, spread, sweep):
         say(f"\n{name}: looking for the rate")
         run.curves[name] = run.learn.lr_find(show_plot=False, **sweep)
         lr = _suggested(run.curves[name], say)
-    say(f"{name}: {epochs} epochs at {lr:.2e}")
+    say(f"{name}: {epochs} epoch{'s' * (epochs != 1)} at {lr:.2e}")
     run.learn.fit_one_cycle(epochs, spread(lr))
     if not np.isfinite(run.learn.history[["train_loss", "valid_loss"]].iloc[-1].astype(float)).all():
         raise RunFailed(f"{name}: the loss is no finite number after {epochs} epochs at {lr:.2e}: try a tenth of that rate.")

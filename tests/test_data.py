@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.vision.core import TensorImage
 from PIL import Image
 
 from ftlib.data.audit import audit
-from ftlib.data.images import ImageData, image_data
+from ftlib.data.images import Erase, ImageData, image_data
+from ftlib.data.loader import seeded
 from ftlib.data.pictures import DataError
 
 CLASSES = ["cat", "dog", "emu"]
@@ -166,6 +168,33 @@ def test_fastai_looks_at_predictions(folder, kind):
     assert [dls.vocab[i] for i in held] == [i.label for i in dls.held_out().items]
     dls.show_batch(), dls.test_dl(arrays[:3]).show_batch()
     plt.close("all")
+
+
+@pytest.mark.parametrize("augment", ["light", "default", "strong"])
+def test_augmented_pictures_stay_between_black_and_white(folder, augment):
+    "fastai's erasing puts numbers from -4 to 4 into them"
+    dls = build(folder, augment=augment)
+    seen = torch.cat([x for _ in range(10) for x, _ in dls.train])
+    assert 0 <= seen.min() and seen.max() <= 1
+
+
+def test_erased_patches():
+    grey = TensorImage(torch.full((4, 3, 16, 16), .5))
+    with seeded(0): erased = Erase(p=1.)(grey.clone(), split_idx=0)
+    patch = (erased != grey).float().mean()
+    assert 0 < patch < .4 and 0 <= erased.min() and erased.max() <= 1
+
+
+def test_one_picture_in_many_views(folder):
+    dls = build(folder, augment=[])
+    before = [y.tolist() for _, y in build(folder, augment=[]).train]
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastai.data.core.show_batch", lambda x, y, its, **kw: shown.append(x))
+        dls.show_batch(unique=True)
+    assert len(shown[0]) == 4 and not any(torch.equal(shown[0][0], x) for x in shown[0][1:]), "each in a crop of its own"
+    dls.train.rng = random.Random(42)
+    assert [y.tolist() for _, y in dls.train] == before, "training goes on with all pictures"
 
 
 # ---- bad files

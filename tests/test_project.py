@@ -126,6 +126,14 @@ def test_ours_are_subclasses_or_take_what_fastais_take(root):
     assert shown.splitlines() == ["True True", "[]"]
 
 
+def test_changes_name_what_there_is(root):
+    "Every name of ours is told, and what is told exists (the commands of the shell aside)"
+    shown = python("import ftlib; print(*(n for room in ftlib._ROOMS.values() for n in room.split())); print(*ftlib.__all__)", root)
+    ours, every = (set(line.split()) for line in shown.splitlines())
+    told = set(re.findall(r"`([A-Za-z_]+)`", (root / "CHANGELOG.md").read_text()))
+    assert ours <= told and told - every == {"train"}, (sorted(ours - told), sorted(told - every))
+
+
 def test_a_missing_name_is_an_attribute_error(root):
     assert python("import ftlib\ntry: ftlib.no_such_name\nexcept AttributeError as e: print(e)", root) \
         == "module 'ftlib' has no attribute 'no_such_name'"

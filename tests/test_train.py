@@ -187,7 +187,7 @@ def test_a_tracker_is_not_touched_by_a_sweep(cls, tmp_path):
 # --- learner and recorder
 
 @BOTH
-@pytest.mark.parametrize("call", ["get_preds", "validate", "predict"])
+@pytest.mark.parametrize("call", ["get_preds", "validate", "predict", "summary"])
 def test_looking_does_not_wipe_the_recorder(cls, call, tmp_path):
     learn = learner(cls, tmp_path)
     quietly(learn, "fit", 1, 1e-2)

@@ -121,11 +121,11 @@ def audit(
              for i, row in zip(bad.index, bad.to_dict("records"))]
     if deep: rows += _deep(table.drop(index=bad.index), workers or os.cpu_count() or 1)
     counts = table.drop(index=bad.index)["label"].value_counts()
-    for label in found.classes:
+    for label, folder in [*((c, "") for c in found.classes), *((p.name, str(p)) for p in found.empty)]:
         n = int(counts.get(label, 0))
         if n >= few: continue
         detail = f"class {label!r} has {n}, fewer than {few}"
-        rows.append(dict(path="", problem="few pictures", detail=detail, label=label))
+        rows.append(dict(path=folder, problem="few pictures", detail=detail, label=label))
     return pd.DataFrame(rows, columns=["path", "problem", "detail", "label", "split"])
 
 

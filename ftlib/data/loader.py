@@ -100,10 +100,26 @@ class PictureDL(TfmdDL):
         self._pass_seed = self.rng.getrandbits(64)
         batches, nth = super().__iter__(), 0
         while True:
-            with seeded(self._pass_seed, 1, nth, device=self.device): batch = next(batches, None)
+            with seeded(self._pass_seed, 1, nth, device=self.device): batch = self._next(batches)
             if batch is None: return
             yield batch
             nth += 1
+
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
+        "As fastai's; with `unique`, the first picture as often as a batch holds, in a crop of its own each time"
+        if b is None and unique:
+            self.get_idxs = lambda: _draws([0] * self.bs)
+            try: b = self.one_batch()
+            finally: del self.get_idxs
+        return super().show_batch(b, max_n, ctxs, show, **kwargs)
+
+    def _next(self, batches):
+        "The next batch, or None"
+        try: return next(batches, None)
+        except PictureError as e:
+            # From a worker it comes wrapped in the text of a traceback.
+            if "\nOriginal Traceback" not in str(e): raise
+            raise PictureError(str(e).split("PictureError: ")[-1].strip()) from e
 
     def do_item(self, s):
         with seeded(self._pass_seed, 0, s or 0, getattr(s, "nth", 0)): return super().do_item(s)

@@ -8,6 +8,7 @@ __all__ = ['Source', 'did_you_mean', 'existing', 'split_name', 'from_folder', 'f
 
 # %% ../../nbs/02_data.sources.ipynb #c8e374df
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Source:
     classes: list                                # The labels in order
     path: Path = Path(".")                       # The folder they come from
     others: list = field(default_factory=list)   # Files that are no pictures by name, or in no class's folder
+    empty: list = field(default_factory=list)    # Folders where a class's pictures would be, with nothing inside
 
 # %% ../../nbs/02_data.sources.ipynb #ee8946f2
 _SPLITS = {"train": "train", "training": "train",
@@ -36,6 +38,7 @@ _SPLITS = {"train": "train", "training": "train",
 _COLUMNS = {"item": "item path file filepath file_path filename file_name fname image img picture images".split(),
             "label": "label labels class class_name target targets category y fine_label".split(),
             "split": "split set subset partition is_valid".split()}
+_PLURAL = {"item": "pictures", "label": "labels", "split": "splits"}
 
 
 def did_you_mean(name, names):
@@ -50,7 +53,8 @@ def existing(path):
     if path.exists(): return path
     parent = next(p for p in [*path.parents, Path(".")] if p.exists())
     absent = path.relative_to(parent).parts[0] if path.is_relative_to(parent) else path.name
-    raise DataError(f"{path} does not exist: {parent} has no {absent!r}." + did_you_mean(absent, os.listdir(parent)))
+    where = "this folder" if parent == Path(".") else parent
+    raise DataError(f"{path} does not exist: {where} has no {absent!r}." + did_you_mean(absent, os.listdir(parent)))
 
 
 def split_name(value):
@@ -59,7 +63,7 @@ def split_name(value):
     if isinstance(value, (bool, np.bool_)): return "valid" if value else "train"
     name = _SPLITS.get(str(value).strip().lower())
     if name is None:
-        raise DataError(f"{value!r} is no split: use 'train', 'valid' or 'test'."
+        raise DataError(f"{value!r} is no split: use 'train', 'valid', 'test', or True for validation and False for training."
                         + did_you_mean(str(value).lower(), _SPLITS))
     return name
 
@@ -68,12 +72,12 @@ def _column(frame, role, given, need=True):
     "The column of `frame` that plays `role`"
     if given is not None:
         if given in frame.columns: return given
-        raise DataError(f"no column {given!r} for the {role}; there are {', '.join(map(repr, frame.columns))}."
+        raise DataError(f"no column {given!r} for the {_PLURAL[role]}; there are {', '.join(map(repr, frame.columns))}."
                         + did_you_mean(given, frame.columns))
     lower = {str(c).lower(): c for c in reversed(list(frame.columns))}
     found = next((lower[n] for n in _COLUMNS[role] if n in lower), None)
     if found is None and need:
-        raise DataError(f"which column holds the {role}? There are {', '.join(map(repr, frame.columns))}: "
+        raise DataError(f"which column holds the {_PLURAL[role]}? There are {', '.join(map(repr, frame.columns))}: "
                         f"say {'path' if role == 'item' else role}='…'.")
     return found
 
@@ -95,9 +99,16 @@ def _text(label, classes=None):
     return str(label).strip()
 
 
+def _plain(label):
+    "A label out of an array or tensor of one. Raises `DataError` for several, such as one-hot vectors."
+    if isinstance(label, (list, tuple, set, Mapping)) or math.prod(getattr(label, "shape", ())) != 1:
+        raise DataError(f"a {type(label).__name__} as a label ({str(label)[:80]}): give each picture one class, as text or number.")
+    return label.item() if hasattr(label, "item") else label
+
+
 def _source(items, labels, splits=None, classes=None, path=".", others=()):
     "A `Source` from columns, with the labels checked"
-    items, labels = list(items), list(labels)
+    items, labels = list(items), [_plain(x) for x in labels]
     if len(items) != len(labels):
         raise DataError(f"{len(items)} pictures but {len(labels)} labels: give one label a picture.")
     if not items: raise DataError("there are no pictures: the source is empty.")
@@ -123,6 +134,11 @@ def _files(folder):
     return found
 
 
+def _folders(folder):
+    "Every folder in `folder` that is not hidden, in order"
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _is_picture(path, endings=Image.registered_extensions()):
     return path.suffix.lower() in endings and path.suffix.lower() != ".pdf"
 
@@ -133,8 +149,8 @@ def from_folder(
     "Reads names only. Raises `DataError` where there are no pictures or no class folders."
     path = existing(path)
     if not path.is_dir(): raise DataError(f"{path} is a file: give a folder, or a .csv file.")
-    tops = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    by_split = [(p, split_name(p.name)) for p in sorted(tops) if p.name.lower() in _SPLITS]
+    tops = _folders(path)
+    by_split = [(p, split_name(p.name)) for p in tops if p.name.lower() in _SPLITS]
     # A set whose classes are called 'train' and 'bus' has no splits.
     if len(by_split) != len(tops) and not any(s == "train" for _, s in by_split): by_split = []
     rows, others = [], []
@@ -143,7 +159,10 @@ def from_folder(
             inside = file.relative_to(folder).parts
             if len(inside) > 1 and _is_picture(file): rows.append((file, inside[0], split))
             elif len(inside) > 1 or _is_picture(file): others.append(file)
-    if rows: return _source(*zip(*rows), path=path, others=others)
+    if rows:
+        source, filled = _source(*zip(*rows), path=path, others=others), {name for _, name, _ in rows}
+        source.empty = [p for f, _ in by_split or [(path, None)] for p in _folders(f) if p.name not in filled and not _files(p)]
+        return source
     loose = sum(map(_is_picture, others))
     has = f"{loose:,} pictures, but none inside the folder of a class" if loose else "no pictures in it"
     raise DataError(f"{path} has {has}: it should hold one folder of pictures for each class.")
@@ -169,7 +188,7 @@ def from_frame(
     labels, classes = frame[label], None
     if isinstance(labels.dtype, pd.CategoricalDtype): classes = [str(c) for c in labels.cat.categories]
     splits = [split_name(v) for v in frame[split].astype(object)] if split is not None else None
-    labels = [_text(x) if x == x and x is not None else x for x in labels.astype(object)]
+    labels = [_text(x) if x == x and x is not None else x for x in map(_plain, labels.astype(object))]
     return _source(items, labels, splits, classes, root)
 
 
@@ -194,12 +213,12 @@ def _targets(dataset):
     for name in ("targets", "labels", "_labels"):
         found = getattr(dataset, name, None)
         if found is not None and len(found) == len(dataset):
-            return [x.item() if hasattr(x, "item") else x for x in found]
+            return list(found)
     if hasattr(dataset, "samples"): return [s[1] for s in dataset.samples]
     if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
         whole = _targets(dataset.dataset)
         return [whole[i] for i in dataset.indices]
-    return [y.item() if hasattr(y, "item") else y for _, y in (dataset[i] for i in range(len(dataset)))]
+    return [y for _, y in (dataset[i] for i in range(len(dataset)))]
 
 
 def from_dataset(
@@ -237,8 +256,7 @@ def from_mapping(
     items = [Ref(mapping[item], i) if by_column else Ref(mapping, i, item) for i in range(len(mapping[label]))]
     if by_column and len(mapping[item]) != len(items):
         raise DataError(f"{len(mapping[item])} pictures but {len(items)} labels: give one label a picture.")
-    labels = [x.item() if hasattr(x, "item") else x for x in mapping[label]]
-    return _source(items, labels, classes=getattr(features.get(label), "names", None))
+    return _source(items, mapping[label], classes=getattr(features.get(label), "names", None))
 
 # %% ../../nbs/02_data.sources.ipynb #8d423bf4
 def read_source(

@@ -94,7 +94,9 @@ def show_names(
     if isinstance(names, (str, Path)):
         try: names = json.loads(Path(names).read_text(encoding="utf-8"))
         except (OSError, ValueError) as e: raise DataError(f"names={str(names)!r} can't be read as JSON: {e}") from e
-    if isinstance(names, (list, tuple)): names = dict(zip(classes, names))
+    if isinstance(names, (list, tuple)):
+        if len(names) != len(classes): raise DataError(f"names has {len(names)} entries for {_some(classes)}: give one a class.")
+        names = dict(zip(classes, names))
     if not isinstance(names, dict):
         raise DataError(f"names is a {type(names).__name__}: give a dict, a list or a JSON file.")
     names = {str(k): str(v) for k, v in names.items()}

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback import hook  # noqa: F401  gives fastai's Learner its `summary`
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -31,8 +32,8 @@ from .metrics import as_metric
 from .optimizer import build_optimizer
 from .progress import Progress
 from .schedule import (
-    Cosine, FlatCosine, Momentum, OneCycle, ReduceLROnPlateau, as_schedule, group_lrs)
-from .transaction import kept_attributes, snapshot, whole
+    Cosine, FlatCosine, Momentum, OneCycle, RateError, ReduceLROnPlateau, as_schedule, group_lrs)
+from .transaction import kept_attributes, kept_random, snapshot, whole
 
 # %% ../../nbs/35_train.learner.ipynb #13119dda
 class TrainError(ValueError):
@@ -45,12 +46,12 @@ class FiniteLoss(Callback):
 
     def after_loss(self):
         if self.learn.train_iter == 0 and not hasattr(self.learn, 'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            raise TrainError(f'the loss of the first batch is {float(self.learn.loss.mean())}: nothing was trained. Look for NaN '
+            raise TrainError(f'the loss of the first batch is {float(self.learn.loss.detach().mean())}: nothing was trained. Look for NaN '
                              'or infinities in the inputs (`dls.one_batch()[0].isfinite().all()`) and in the weights.')
 
     def after_train(self):
         if hasattr(self.learn, 'loss') and not hasattr(self.learn, 'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            warnings.warn(f'epoch {self.learn.epoch} ended on a loss of {float(self.learn.loss.mean())}: the rate is too high, '
+            warnings.warn(f'epoch {self.learn.epoch} ended on a loss of {float(self.learn.loss.detach().mean())}: the rate is too high, '
                           'and the weights are spoilt.')
 
 
@@ -72,7 +73,9 @@ def _with_softmax(loss):
                                 label_smoothing=loss.label_smoothing)
 
 
-def stages(model) -> list:  # A `Network`
+def stages(
+    model,  # A `Network`
+) -> list:  # Lists of parameters
     "The splitter of a `Network`: its parameters by stage, the head last."
     return model.groups()
 
@@ -243,9 +246,11 @@ class Learner(FastaiLearner):
         moms = [h.get('mom') for h in self.opt.hypers]
         restore = snapshot(*(o for o in whole(self) if not isinstance(o, (Recorder, EpochLog))))
         try: yield
-        except BaseException:
+        except BaseException as e:
             restore()
             for p in self.model.parameters(): p.grad = None
+            # fastai puts the name of the callback before what it says
+            if isinstance(e, (TrainError, RateError)): e.args = (str(e).rpartition('`:\n\t')[2],)
             raise
         finally:
             if moms[0] is not None: self.opt.set_hyper('mom', moms)
@@ -256,10 +261,14 @@ class Learner(FastaiLearner):
         "Loss and metrics on the validation set or on `dl`; history and recorder stay as they are."
         with self._looking(ds_idx, dl, cbs): return super().validate(ds_idx, dl, cbs)
 
-    def get_preds(self, ds_idx=1, dl=None, **kwargs):
+    def get_preds(self, ds_idx=1, dl=None, with_input=False, *args, **kwargs):
         "fastai's `get_preds`; history and recorder stay as they are."
-        pictures = () if kwargs.get('with_input') else dl  # where inputs are wanted they are to be pictures
-        with self._looking(ds_idx, pictures, kwargs.get('cbs')): return super().get_preds(ds_idx, dl, **kwargs)
+        pictures = () if with_input else dl  # where inputs are wanted they are to be pictures
+        with self._looking(ds_idx, pictures, kwargs.get('cbs')): return super().get_preds(ds_idx, dl, with_input, *args, **kwargs)
+
+    def summary(self):
+        "fastai's table of layers; history, recorder and the order of the batches stay as they are."
+        with kept_attributes(*whole(self)), kept_random(*self.dls.loaders): return super().summary()
 
     @contextmanager
     def _looking(self, ds_idx, dl, cbs):

@@ -41,7 +41,7 @@ class LRCurve:
     ):
         lrs, losses = np.asarray(lrs, float), np.asarray(losses, float)
         start = np.full(len(lrs), np.nan) if start is None else np.asarray(start, float)
-        if len(lrs) < 6: raise CurveError(f'{len(lrs)} points are too few to read a curve from: sweep with num_it=20 or more.')
+        if len(lrs) < 6 and np.isfinite(losses).all(): raise CurveError(f'{len(lrs)} points are too few to read a curve from: sweep with num_it=20 or more.')
         self.table = pd.DataFrame(dict(lr=lrs, loss=losses, start=start))
         self._prepare(lrs, losses, start)
 
@@ -49,6 +49,9 @@ class LRCurve:
         "Cut off what is not finite, pair, clip the explosion, smooth"
         bad = ~np.isfinite(losses)
         end = int(bad.argmax()) if bad.any() else len(lrs)
+        if not end:
+            raise CurveError(f'the loss of the first batch is {losses[0]}, before any step: look for NaN or infinities in the '
+                             'inputs (`dls.one_batch()[0].isfinite().all()`) and in the weights.')
         if end < 6:
             raise CurveError(f'the loss is {losses[end]} after {end} steps, at a rate of {lrs[end]:.1e}: check the inputs '
                              'for NaN, or start lower: lr_find(start_lr=1e-9).')
