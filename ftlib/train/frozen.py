@@ -148,6 +148,7 @@ def features_of(
     store=STORE,     # Where features are kept
 ) -> Features:       # With a row for each picture
     "What the frozen stages of `net` make of the pictures in `dl`; what is not there yet is computed."
+    if dl.device is not None: net.to(dl.device)  # where training will have it
     frozen = nn.Sequential(net.body.normalize, *net.stages[:net.frozen])
     split = getattr(dl.dataset, 'split_idx', None)
     seed = getattr(dl, 'seed', 0), view
