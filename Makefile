@@ -7,7 +7,7 @@ JOBS   ?= 2
 ROOMS  := $(sort $(wildcard nbs/*.ipynb))
 
 # One thread for each of the parallel workers: more only makes them fight for the cores.
-QUIET  := OMP_NUM_THREADS=1 IN_TEST=1
+QUIET  := OMP_NUM_THREADS=1 IN_TEST=1 FTLIB_CACHE=$(abspath $(VENV))/cache
 # Warnings of libraries to their developers, kept out of saved outputs.
 QUIET  += PYTHONWARNINGS='ignore:IProgress not found,ignore:`torch.jit,ignore::DeprecationWarning'
 

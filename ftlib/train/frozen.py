@@ -27,6 +27,7 @@ from ..data.loader import LabelOf, PictureDL, seeded
 from ..models.folded import folded
 from ..models.network import Network
 from .identity import IdentityError, described, digest, picture_name, weights_name
+from .precision import as_arithmetic, fastest
 from .progress import shows_bars
 from .store import Features, FeatureStore
 
@@ -145,6 +146,7 @@ def features_of(
     dl,              # A loader over `Datasets`
     names,           # Of its pictures, by `picture_name`
     view:int=0,      # Which of the random views
+    precision='fp32', # Of the computation; features are kept in bfloat16
     store=STORE,     # Where features are kept
 ) -> Features:       # With a row for each picture
     "What the frozen stages of `net` make of the pictures in `dl`; what is not there yet is computed."
@@ -153,31 +155,34 @@ def features_of(
     split = getattr(dl.dataset, 'split_idx', None)
     seed = getattr(dl, 'seed', 0), view
     chain = described([dl.dataset.tls[0].tfms, dl.after_item, dl.before_batch, dl.after_batch])
-    found = store.features(digest(weights_name(*frozen), chain, f'{split} {seed if is_random(dl) else ""}'))
+    found = store.features(digest(weights_name(*frozen), chain, f'{split} {seed if is_random(dl) else ""} {precision}'))
     lacking = found.missing(names)
     if lacking:
         todo = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: lacking, n=len(lacking), bs=min(dl.bs, len(lacking)))
         with seeded(*seed):
             todo.rng = random.Random(random.getrandbits(64))
-            _fill(frozen, todo, [names[i] for i in lacking], found, store)
+            _fill(frozen, todo, [names[i] for i in lacking], found, precision, store)
     return found
 
 
 @torch.no_grad()
-def _fill(frozen, dl, names, found, store):
+def _fill(frozen, dl, names, found, precision, store):
     "Lets the pictures of `dl` through, and keeps what comes out under their `names`"
-    def plain(batch): return batch[0].as_subclass(torch.Tensor).to(memory_format=torch.channels_last)
+    def plain(batch): return batch[0].as_subclass(torch.Tensor)
     batches = iter(progress_bar(dl, leave=False) if shows_bars() else dl)
     x, at = plain(next(batches)), 0
-    fast = folded(frozen, x[:2]).to(memory_format=torch.channels_last)
-    out = fast(x)
-    with store.block(found, names, out.shape[1:]) as block:
-        block[:len(out)] = out
-        at = len(out)
-        for batch in batches:
-            out = fast(plain(batch))
-            block[at:at + len(out)] = out
-            at += len(out)
+    fast = folded(frozen, x[:2])
+    way = fastest(fast, x[:8], None, lambda out, y: out.square().mean()) if precision == 'auto' else as_arithmetic(precision)
+    way.place(fast)
+    with way.autocast(x.device):
+        out = fast(way.laid_out(x))
+        with store.block(found, names, out.shape[1:]) as block:
+            while True:
+                block[at:at + len(out)] = out
+                at += len(out)
+                batch = next(batches, None)
+                if batch is None: break
+                out = fast(way.laid_out(plain(batch)))
 
 # %% ../../nbs/31_train.frozen.ipynb #068dd451
 @contextmanager
@@ -218,7 +223,7 @@ def _loaders(learn, train, valid, views, store):
         start, dl = time.perf_counter(), loaders[i]
         n = views if i == 0 and is_random(dl) else 1
         names, turns = [picture_name(o) for o in dl.dataset.tls[0].items], dict.fromkeys(t % n for t in train) if i == 0 else [0]
-        found = [features_of(learn.model, dl, names, v, store) for v in turns]
+        found = [features_of(learn.model, dl, names, v, getattr(learn, 'precision', 'fp32'), store) for v in turns]
         loaders[i] = FeatureDL(dl, found, names, targets_of(dl))
         loaders[i].fill_seconds = time.perf_counter() - start
         loaders[i].fill_bytes = sum(v.nbytes for v in found)

@@ -20,7 +20,7 @@ from fastai.learner import Learner as FastaiLearner
 from fastai.learner import Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper
-from fastai.torch_core import norm_bias_params, trainable_params
+from fastai.torch_core import norm_bias_params, to_float, trainable_params
 from fastcore.foundation import L
 from torch import nn
 
@@ -30,6 +30,7 @@ from .history import EpochLog, plot_history
 from .lr_find import find_lr
 from .metrics import as_metric
 from .optimizer import build_optimizer
+from .precision import Arithmetic, as_arithmetic, fastest
 from .progress import Progress
 from .schedule import (
     Cosine, FlatCosine, Momentum, OneCycle, RateError, ReduceLROnPlateau, as_schedule, group_lrs)
@@ -94,6 +95,7 @@ class Learner(FastaiLearner):
         moms=(.95, .85, .95), default_cbs:bool=True,
         cache:bool=True,        # Compute what is frozen once; see `on_features`
         views:int=4,            # Random views of a picture that take turns while its features are kept
+        precision='auto',       # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', an `Arithmetic`
     ):
         if splitter is None: splitter = stages if isinstance(model, Network) else trainable_params
         super().__init__(dls, model, loss_func=_with_softmax(loss_func), opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
@@ -104,6 +106,7 @@ class Learner(FastaiLearner):
             self.add_cbs([Progress, EpochLog, FiniteLoss, FrozenParts])
         self.add_cbs(cbs)
         self.cache, self.views = cache, views
+        self.precision, self.arithmetic = precision, None if precision == 'auto' else as_arithmetic(precision)
 
     @property
     def metrics(self): return self._metrics
@@ -229,6 +232,7 @@ class Learner(FastaiLearner):
         lrs = group_lrs(self.lr if lr is None else lr, len(hypers), factors)
         # an optimizer without momentum has nothing to cycle
         scheds = {k: self._scaled(f, lrs if k == 'lr' else 1., n_epoch) for k, f in scheds.items() if k in hypers[0]}
+        if self.precision == 'auto': self.arithmetic = None  # another part may train now
         done = len(self.epoch_log.rows) if hasattr(self, 'epoch_log') else 0
         with self._on_features(range(done, done + n_epoch - start_epoch), cbs=cbs), self._kept_from_harm():
             super().fit(n_epoch, lr=list(lrs), wd=wd, start_epoch=start_epoch,
@@ -254,6 +258,29 @@ class Learner(FastaiLearner):
             raise
         finally:
             if moms[0] is not None: self.opt.set_hyper('mom', moms)
+
+    def _do_one_batch(self):
+        "As fastai's, in the arithmetic that was chosen"
+        if self.arithmetic is None and self.training and len(self.yb): self.arithmetic = self._fastest()
+        way = self.arithmetic or Arithmetic()
+        with way.autocast(self.xb[0].device): pred = self.model(*map(way.laid_out, self.xb))
+        self.pred = pred if way.dtype == 'fp32' else to_float(pred)
+        self('after_pred')
+        if len(self.yb):
+            self.loss_grad = self.loss_func(self.pred, *self.yb)
+            self.loss = self.loss_grad.clone()
+        self('after_loss')
+        if not self.training or not len(self.yb): return
+        self._do_grad_opt()
+
+    def _fastest(self):
+        "The arithmetic for what trains now; single precision where there is little to gain, or another callback sees to it"
+        x, net = self.xb[0], self.model
+        head_alone = getattr(net, '_begins', None) is not None and net.frozen == len(net.stages)
+        if head_alone or hasattr(self, 'mixed_precision') or len(self.xb) > 1 or x.ndim != 4: return Arithmetic()
+        way = fastest(net, x[:8].as_subclass(torch.Tensor), self.yb[0][:8], self.loss_func)
+        way.place(net)
+        return way
 
     # --- looking, without a trace
 

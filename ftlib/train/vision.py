@@ -32,6 +32,7 @@ def vision_learner(
     seed:int=None,        # Of the head's first weights
     cache:bool=True,      # Compute what is frozen once, and keep it
     views:int=4,          # Random views of a picture that take turns while its features are kept
+    precision='auto',     # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', an `Arithmetic`
     init=nn.init.kaiming_normal_,
     **head,               # More arguments of `create_network`: cut, custom_head, concat_pool, lin_ftrs, ps, n_in, …
 ) -> Learner:
@@ -49,7 +50,7 @@ def vision_learner(
             net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **head)
     if weights is not None: net.keeps_statistics = not train_bn
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
-                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views)
+                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views, precision=precision)
     if weights is not None: learn.freeze()
     return learn
 
