@@ -107,6 +107,7 @@ def choose(
 ) -> Arithmetic:
     "The fastest way whose loss agrees."
     agreeing = table[table.off <= tolerance]
+    if not len(agreeing): return table.index[0]  # no number at all, which training will say
     best = agreeing.ms.idxmin()
     return best if agreeing.ms[best] <= (1 - gain) * table.ms.iloc[0] else table.index[0]
 
