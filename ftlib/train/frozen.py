@@ -131,14 +131,18 @@ def why_pictures(
 STORE = FeatureStore()
 
 
+def _chain(dl):
+    "The transforms that a picture goes through in this loader's split"
+    split = getattr(dl.dataset, 'split_idx', None)
+    fs = [f for o in (dl.dataset.tls[0].tfms, dl.after_item, dl.before_batch, dl.after_batch) for f in o.fs]
+    return [f for f in fs if getattr(f, 'split_idx', None) in (None, split)]
+
+
 def is_random(
     dl,  # A loader
 ) -> bool:
     "Does the loader show a picture in another way each time?"
-    split = getattr(dl.dataset, 'split_idx', None)
-    fs = [f for o in (dl.dataset.tls[0].tfms, dl.after_item, dl.before_batch, dl.after_batch) for f in o.fs]
-    fs = [f for f in fs if getattr(f, 'split_idx', None) in (None, split)]
-    return any(isinstance(f, RandTransform) or not type(f).__module__.startswith(('fastai.', 'fasttransform', 'ftlib.')) for f in fs)
+    return any(isinstance(f, RandTransform) or not type(f).__module__.startswith(('fastai.', 'fasttransform', 'ftlib.')) for f in _chain(dl))
 
 
 def features_of(
@@ -152,10 +156,8 @@ def features_of(
     "What the frozen stages of `net` make of the pictures in `dl`; what is not there yet is computed."
     if dl.device is not None: net.to(dl.device)  # where training will have it
     frozen = nn.Sequential(net.body.normalize, *net.stages[:net.frozen])
-    split = getattr(dl.dataset, 'split_idx', None)
     seed = getattr(dl, 'seed', 0), view
-    chain = described([dl.dataset.tls[0].tfms, dl.after_item, dl.before_batch, dl.after_batch])
-    found = store.features(digest(weights_name(*frozen), chain, f'{split} {seed if is_random(dl) else ""} {precision}'))
+    found = store.features(digest(weights_name(*frozen), described(_chain(dl)), f'{seed if is_random(dl) else ""} {precision}'))
     lacking = found.missing(names)
     if lacking:
         todo = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: lacking, n=len(lacking), bs=min(dl.bs, len(lacking)))

@@ -16,6 +16,7 @@ from types import FunctionType
 import numpy as np
 import plum
 import torch
+from fasttransform import Pipeline
 from torch import nn
 
 from ..data.loader import Item
@@ -117,7 +118,8 @@ def _class(cls):
 def _settings(o):
     "The attributes that say what it does"
     kept = vars(o)
-    if _is_known(type(o)):
+    if isinstance(o, Pipeline): kept = {'fs': o.fs}
+    elif _is_known(type(o)):
         given = {n for c in type(o).__mro__ if '__init__' in vars(c) for n in inspect.signature(c.__init__).parameters}
-        kept = {k: v for k, v in kept.items() if k in given or k in ('fs', 'split_idx', 'encodes')}  # of pipelines and transforms
+        kept = {k: v for k, v in kept.items() if k in given - {'split_idx'} or k == 'encodes'}  # a split is set as it runs
     return ', '.join(f'{k}={described(v)}' for k, v in sorted(kept.items()) if k != '__signature__')

@@ -1,0 +1,195 @@
+"""Features that are kept are never those of another picture, transform or network, and trouble with the disk costs time only."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.mixup import MixUp
+from fastai.metrics import accuracy
+from PIL import Image
+from torch import nn
+
+from ftlib.data.images import image_data
+from ftlib.models.cnn import cnn
+from ftlib.train.frozen import features_of, is_random, on_features
+from ftlib.train.identity import picture_name
+from ftlib.train.store import FeatureStore
+from ftlib.train.vision import vision_learner
+
+N = 24
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Two classes of 12 pictures"
+    rng = np.random.default_rng(0)
+    for i in range(N):
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def data(folder, **kwargs):
+    "The last six of the first 24 are for validation"
+    paths = sorted(folder.rglob("*.png"), key=lambda p: p.name)
+    table = pd.DataFrame(dict(path=map(str, paths), label=[p.parent.name for p in paths],
+                              split=["valid" if 18 <= int(p.stem) < 24 else "train" for p in paths]))
+    return image_data(table, **dict(size=16, bs=8, num_workers=0) | kwargs)
+
+
+def network():
+    torch.manual_seed(0)
+    net = cnn(2, size=16, channels=(4, 8, 8)).freeze_to(2)
+    net.eval()
+    return net
+
+
+def computed(store, net, dl, **kwargs):
+    "How many pictures of `dl` went through the frozen part"
+    before = {id(b) for f in store.alive for b in f.blocks}
+    found = features_of(net, dl, [picture_name(o) for o in dl.dataset.tls[0].items], store=store, **kwargs)
+    assert not found.missing([picture_name(o) for o in dl.dataset.tls[0].items])
+    return sum(len(b) for f in store.alive for b in f.blocks if id(b) not in before)
+
+
+# ---- what makes features new
+
+def touch(folder, net, kwargs): os.utime(folder / "a" / "00.png", ns=(0, 0))
+def rewrite(folder, net, kwargs): Image.new("RGB", (20, 20)).save(folder / "a" / "00.png")
+def add(folder, net, kwargs): Image.new("RGB", (20, 20)).save(folder / "a" / "99.png")
+def smaller(folder, net, kwargs): kwargs.update(size=12)
+def augmented(folder, net, kwargs): kwargs.update(augment="strong")
+def weight(folder, net, kwargs): net.stages[0][0].weight.data[0, 0, 0, 0] += 1e-4
+def statistic(folder, net, kwargs): net.stages[1][1].running_mean[0] += 1e-3
+def constants(folder, net, kwargs): net.body.normalize.mean += 1e-3
+def frontier(folder, net, kwargs): net.freeze_to(1)
+
+
+def activation(folder, net, kwargs): net.stages[0][2] = nn.LeakyReLU()
+def seeded(folder, net, kwargs): kwargs.update(seed=7)
+
+
+def other_head(folder, net, kwargs): net.head[-1].weight.data += 1
+def later_stage(folder, net, kwargs): net.stages[2][0].weight.data += 1
+def labels(folder, net, kwargs): kwargs.update(names={"a": "ant", "b": "bee"})
+def batches(folder, net, kwargs): kwargs.update(bs=3)
+
+
+EVERY = "every picture"
+
+
+@pytest.mark.parametrize("change, again", [
+    *((f, EVERY) for f in (smaller, augmented, weight, statistic, constants, frontier, activation, seeded)),
+    (touch, 1), (rewrite, 1), (add, 1), *((f, 0) for f in (other_head, later_stage, labels, batches))])
+def test_what_makes_features_new(folder, change, again):
+    net, kwargs, store = network(), dict(augment="light", seed=42), FeatureStore(folder=folder.parent / "store")
+    dl = data(folder, **kwargs).train
+    assert is_random(dl) and computed(store, net, dl) == 18 and computed(store, net, dl) == 0
+    change(folder, net, kwargs)
+    dl = data(folder, **kwargs).train
+    assert computed(store, net, dl) == (18 if again == EVERY else again)
+
+
+def test_precision_and_view_are_part_of_it(folder):
+    net, dl, store = network(), data(folder).train, FeatureStore(folder=folder.parent / "store")
+    counts = [computed(store, net, dl, **k) for k in ({}, {"view": 1}, {"precision": "bf16"}, {"view": 1})]
+    assert counts == [len(dl.dataset)] * 3 + [0]
+
+
+# ---- fits
+
+def fitted(folder, cache, frozen=-2, epochs=3, **kwargs):
+    dls = data(folder, augment=None)
+    torch.manual_seed(1)
+    learn = vision_learner(dls, network(), metrics=accuracy, cache=cache, precision="fp32", **kwargs)
+    learn.freeze_to(frozen)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, 1e-2)
+        return learn, learn.history, learn.get_preds()[0]
+
+
+@pytest.mark.parametrize("frozen", [-1, -2, 1])
+def test_a_fit_on_features_is_the_fit_on_pictures(folder, frozen):
+    (_, plain, preds), (learn, kept, other) = fitted(folder, False, frozen), fitted(folder, True, frozen)
+    assert (plain.cached == 0).all() and (kept.cached == learn.model.frozen).all() and learn.model._begins is None
+    for name in ("train_loss", "valid_loss"): np.testing.assert_allclose(kept[name], plain[name], rtol=2e-2, atol=2e-3)
+    assert torch.allclose(preds, other, atol=2e-2)
+    assert kept.fill_bytes[0] > 0 and (kept.fill_bytes[1:] == 0).all()
+
+
+def test_pictures_where_a_callback_wants_them(folder, capsys):
+    learn = vision_learner(data(folder), network(), metrics=accuracy)
+    learn.freeze_to(-2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=MixUp())
+    assert list(learn.history.cached) == [0] and "MixUp looks at pictures" in capsys.readouterr().out
+
+
+def test_fastais_way_has_no_features(folder, capsys):
+    learn = vision_learner(data(folder), network(), metrics=accuracy, train_bn=True)
+    learn.freeze()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert list(learn.history.cached) == [0] and not capsys.readouterr().out
+
+
+# ---- the disk
+
+def test_a_full_disk_costs_time_only(folder, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True)
+    if made.returncode: pytest.skip("no right to mount a small disk here")
+    try:
+        learn = vision_learner(data(folder), network(), metrics=accuracy)
+        learn.freeze_to(-2)
+        with on_features(learn, store=FeatureStore(memory=0, folder=small)) as passed: assert passed == 0
+        assert "no room is left" in capsys.readouterr().out
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        assert not list(small.glob("*.new"))
+    finally: subprocess.run(["umount", str(small)], check=True)
+
+
+WRITER = """
+    import sys, time, torch
+    from ftlib.train.store import FeatureStore
+    store, names = FeatureStore(memory=0, folder=sys.argv[1]), [f"p{i}" for i in range(200)]
+    with store.block(store.features("recipe"), names, (1000,), torch.float32) as block:
+        for i in range(200):
+            block[i] = i
+            if i == 20: print("half way", flush=True)
+            time.sleep(float(sys.argv[2]))
+    print("done", flush=True)
+"""
+
+
+def writer(folder, pause):
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(WRITER), str(folder), str(pause)],
+                            stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_while_it_is_written(tmp_path):
+    process = writer(tmp_path, .05)
+    assert process.stdout.readline() == "half way\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [p.suffix for p in tmp_path.iterdir()] == [".new"]
+    assert FeatureStore(folder=tmp_path).features("recipe").missing(["p0"]) == [0]
+    left = next(tmp_path.iterdir())
+    os.utime(left, (time.time() - 2 * 86400,) * 2)
+    FeatureStore(folder=tmp_path).trim()
+    assert not left.exists()
+
+
+def test_two_processes_fill_the_same(tmp_path):
+    both = [writer(tmp_path, .002) for _ in range(2)]
+    assert [p.communicate()[0].splitlines()[-1] for p in both] == ["done"] * 2
+    found = FeatureStore(folder=tmp_path).features("recipe")
+    assert found.take(found.places(["p7", "p199"]))[:, 0].tolist() == [7., 199.]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json"]
