@@ -152,6 +152,7 @@ def features_of(
     view:int=0,      # Which of the random views
     precision='fp32', # Of the computation; features are kept in bfloat16
     store=STORE,     # Where features are kept
+    bar:bool=False,  # Show a progress bar
 ) -> Features:       # With a row for each picture
     "What the frozen stages of `net` make of the pictures in `dl`; what is not there yet is computed."
     if dl.device is not None: net.to(dl.device)  # where training will have it
@@ -163,15 +164,15 @@ def features_of(
         todo = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: lacking, n=len(lacking), bs=min(dl.bs, len(lacking)))
         with seeded(*seed):
             todo.rng = random.Random(random.getrandbits(64))
-            _fill(frozen, todo, [names[i] for i in lacking], found, precision, store)
+            _fill(frozen, progress_bar(todo, leave=False) if bar else todo, [names[i] for i in lacking], found, precision, store)
     return found
 
 
 @torch.no_grad()
-def _fill(frozen, dl, names, found, precision, store):
-    "Lets the pictures of `dl` through, and keeps what comes out under their `names`"
+def _fill(frozen, batches, names, found, precision, store):
+    "Lets the pictures of the batches through, and keeps what comes out under their `names`"
     def plain(batch): return batch[0].as_subclass(torch.Tensor)
-    batches = iter(progress_bar(dl, leave=False) if shows_bars() else dl)
+    batches = iter(batches)
     x, at = plain(next(batches)), 0
     fast = folded(frozen, x[:2])
     way = fastest(fast, x[:8], None, lambda out, y: out.square().mean()) if precision == 'auto' else as_arithmetic(precision)
@@ -225,7 +226,8 @@ def _loaders(learn, train, valid, views, store):
         start, dl = time.perf_counter(), loaders[i]
         n = views if i == 0 and is_random(dl) else 1
         names, turns = [picture_name(o) for o in dl.dataset.tls[0].items], dict.fromkeys(t % n for t in train) if i == 0 else [0]
-        found = [features_of(learn.model, dl, names, v, getattr(learn, 'precision', 'fp32'), store) for v in turns]
+        bar = shows_bars() and not getattr(getattr(learn, 'progress', None), 'hidden', True)
+        found = [features_of(learn.model, dl, names, v, getattr(learn, 'precision', 'fp32'), store, bar) for v in turns]
         loaders[i] = FeatureDL(dl, found, names, targets_of(dl))
         loaders[i].fill_seconds = time.perf_counter() - start
         loaders[i].fill_bytes = sum(v.nbytes for v in found)

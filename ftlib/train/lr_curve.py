@@ -153,10 +153,11 @@ class LRCurve:
         for name, lr, color in points:
             if not lr: continue
             at = np.interp(np.log10(lr), self.x, curve)
-            ax.plot(lr, at, 'o', color=color, ms=7, label=f'{name} {lr:.1e}')
+            said = 'end of the minimum' if name == 'minimum' else name
+            ax.plot(lr, at, 'o', color=color, ms=7, label=f'{said} {lr:.1e}')
             if name != 'steepest':
                 ax.axvline(lr / 10, color=color, ls=':', lw=1.5, label=f'{name}/10 {lr / 10:.1e}')
         ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='' if self.descends else 'no clear descent')
-        ax.legend(fontsize=8, loc='upper left' if self.descends else 'best')
+        ax.legend(fontsize=8, loc='lower left' if self.descends else 'upper left')
         ax.set_ylim(top=self.level + 1.1 * max(self.change[:max(self.bottom, 5)].max(), .4 * self.level, self._worth * 2))
         return ax
