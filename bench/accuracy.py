@@ -6,18 +6,14 @@ Three ways, each with 3 epochs of the head and 3 of everything, pictures of the 
 A line is written to the CSV as each run ends; what is there already is not run again.
 """
 
-import argparse
 import time
-import warnings
-from pathlib import Path
+from itertools import product
 
-import pandas as pd
 import torch
 from fastai.vision import all as fv
+from results import Results, arguments
 
 import ftlib
-
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
 def ftlib_learner(folder, weights, seed, size, bs):
@@ -80,28 +76,14 @@ def one(way, folder, weights, seed, size, bs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder of sets, each with train and valid folders")
-    parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "resnet18-f37072fd.pth", help="a file for resnet18")
-    parser.add_argument("--sets", nargs="+", default=["pets3", "food3", "ants_bees", "cars20"])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--bs", type=int, default=32, help="pictures in a batch")
-    parser.add_argument("--out", type=Path, default=Path("runs/accuracy.csv"))
+    parser = arguments(__doc__, "accuracy.csv", ["pets3", "food3", "ants_bees", "cars20"], [0, 1, 2], size=96, bs=16)
+    parser.add_argument("--ways", nargs="+", default=["ftlib", "fastai"], choices=WAYS)
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
-    done = {(r["set"], r["seed"], r["way"]) for r in rows}
-    for name in args.sets:
-        for seed in args.seeds:
-            for way in args.ways:
-                if (name, seed, way) in done: continue
-                rows.append(dict(set=name, seed=seed, way=way, **one(way, args.data / name, args.weights, seed, args.size, args.bs)))
-                print(rows[-1], flush=True)
-                pd.DataFrame(rows).to_csv(args.out, index=False)
-    table = pd.DataFrame(rows).groupby(["set", "way"], sort=False)[["frozen", "unfrozen", "seconds"]].agg(["mean", "min", "max"])
+    results = Results(args.out, "set", "seed", "way")
+    for name, seed, way in product(args.sets, args.seeds, args.ways):
+        if results.has(name, seed, way): continue
+        results.add(set=name, seed=seed, way=way, **one(way, args.data / name, args.weights, seed, args.size, args.bs))
+    table = results.table.groupby(["set", "way"], sort=False)[["frozen", "unfrozen", "seconds"]].agg(["mean", "min", "max"])
     print(table.round(3).to_string())
 
 

@@ -5,24 +5,21 @@ head on ImageNet's body), `unfrozen` (the same, everything trains) and `trained`
 everything). The spread is the largest over the smallest; a suggestion of none is counted as `none`.
 """
 
-import argparse
 import functools
 import time
-import warnings
-from pathlib import Path
+from itertools import product
 
 import numpy as np
-import pandas as pd
 import torch
 from fastai.callback import schedule
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.metrics import accuracy
+from results import Results, arguments
 
 import ftlib
 from ftlib.train.frozen import on_features
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 OURS, FASTAI = ["lr_min", "lr_steep", "suggested"], ["minimum", "steep", "valley", "slide"]
 
 
@@ -74,29 +71,15 @@ def spread(rates):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder of sets, each with train and valid folders")
-    parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "resnet18-f37072fd.pth", help="a file for resnet18")
-    parser.add_argument("--sets", nargs="+", default=["food3", "ants_bees"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--bs", type=int, default=16, help="pictures in a batch")
-    parser.add_argument("--out", type=Path, default=Path("runs/lr_finder.csv"))
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
-    done = {(r["set"], r["seed"]) for r in rows}
-    for name in args.sets:
-        for seed in args.seeds:
-            if (name, seed) in done: continue
-            for state, learn in states(args.data / name, args.weights, seed, args.size, args.bs):
-                rows.append(dict(set=name, seed=seed, state=state) | by_ftlib(learn) | by_fastai(learn, args.out.parent))
-                print({k: f"{v:.1e}" if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-            pd.DataFrame(rows).to_csv(args.out, index=False)
-    table = pd.DataFrame(rows)
+    args = arguments(__doc__, "lr_finder.csv", ["food3", "ants_bees"], [0, 1, 2, 3, 4], bs=16).parse_args()
+    results = Results(args.out, "set", "seed", "state")
+    for name, seed in product(args.sets, args.seeds):
+        if results.has(name, seed, "trained"): continue
+        for state, learn in states(args.data / name, args.weights, seed, args.size, args.bs):
+            if not results.has(name, seed, state):
+                results.add(set=name, seed=seed, state=state, **by_ftlib(learn), **by_fastai(learn, args.out.parent))
     print("largest / smallest suggestion over the seeds")
-    print(table.groupby(["set", "state"], sort=False)[OURS + FASTAI].agg(spread).to_string())
+    print(results.table.groupby(["set", "state"], sort=False)[OURS + FASTAI].agg(spread).to_string())
 
 
 if __name__ == "__main__": main()
