@@ -27,7 +27,8 @@ _ROOMS = {
     "train.optimizer": "TorchOptimizer",
     "train.lr_curve": "LRCurve CurveError",
     "train.metrics": "top_k",
-    "train.learner": "Learner TrainError",
+    "train.groups": "TrainError",
+    "train.learner": "Learner",
     "train.vision": "vision_learner",
     "recipe": "fine_tune_run Run RunError RunFailed per_class plot_per_class",
 }

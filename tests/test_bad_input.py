@@ -21,7 +21,8 @@ from ftlib.models.backbone import create_network
 from ftlib.models.cnn import cnn
 from ftlib.models.weights import WeightsError
 from ftlib.recipe import RunError, fine_tune_run
-from ftlib.train.learner import Learner, TrainError
+from ftlib.train.groups import TrainError
+from ftlib.train.learner import Learner
 from ftlib.train.lr_curve import CurveError
 from ftlib.train.metrics import top_k
 from ftlib.train.schedule import RateError

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..models.backbone import create_network
 from ..models.network import Network
-from .learner import Learner, TrainError
+from .groups import TrainError
+from .learner import Learner
 
 # %% ../../nbs/36_train.vision.ipynb #65de311e
 def vision_learner(
