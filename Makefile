@@ -40,7 +40,7 @@ gate: $(READY)
 
 notebooks: $(READY)
 	@test -n "$(ROOMS)" || { echo "no notebook under nbs/: nothing would be run"; exit 1; }
-	$(QUIET) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -q -n $(JOBS) $(ROOMS)
+	$(QUIET) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -q -n $(JOBS) --dist worksteal $(ROOMS)
 
 outputs: $(READY)
 	@test -n "$(NB)" || { echo "which? make outputs NB=nbs/20_train.schedule.ipynb"; exit 1; }
@@ -50,7 +50,7 @@ outputs: $(READY)
 	$(BIN)/python docs/readme.py
 
 pytest: $(READY)
-	$(QUIET) $(BIN)/python -m pytest -q -n $(JOBS) tests
+	$(QUIET) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests
 
 docs: $(READY)
 	$(QUIET) $(BIN)/python docs/pages.py
