@@ -139,6 +139,16 @@ def test_fastais_way_has_no_features(folder, capsys):
     assert list(learn.history.cached) == [0] and not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("call", ["validate", "get_preds"])
+def test_a_third_loader_gives_pictures(folder, call):
+    dls = data(folder)
+    dls.loaders.append(dls.test_dl(dls.valid_ds.tls[0].items, with_labels=True))
+    learn = vision_learner(dls, network(), metrics=accuracy)
+    learn.freeze()
+    with learn.no_bar(), learn.no_logging(): third, second = getattr(learn, call)(ds_idx=2), getattr(learn, call)()
+    assert torch.allclose(torch.as_tensor(third[0]), torch.as_tensor(second[0]), atol=2e-2)
+
+
 # ---- the disk
 
 def test_a_full_disk_costs_time_only(folder, tmp_path, capsys):

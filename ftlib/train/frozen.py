@@ -121,7 +121,7 @@ def why_pictures(
     if hooked: return f'there is a hook on a {type(hooked[0]).__name__} of the frozen part'
     looking = [type(cb).__name__ for cb in [*learn.cbs, *cbs] if looks_at_pictures(cb)]
     if looking: return f'{looking[0]} looks at pictures'
-    for dl in (learn.dls.train, learn.dls.valid):
+    for dl in learn.dls.loaders[:2]:
         data = getattr(dl, 'dataset', None)
         if not isinstance(data, Datasets) or len(data.tls) != 2 or dl.bs is None:
             return f'a loader over {type(data).__name__} does not say which pictures it holds'
@@ -205,16 +205,16 @@ def on_features(
         except OSError as e:
             if e.errno != errno.ENOSPC: raise
             why = 'no room is left for features, neither in memory nor on the disk'
-    if loaders is None:
-        if why != NOTHING_FROZEN: print(f'The frozen part is computed anew in each epoch: {why}.')
+    standing_in = [dl for dl in loaders or () if isinstance(dl, FeatureDL)]
+    if not standing_in:
+        if why and why != NOTHING_FROZEN: print(f'The frozen part is computed anew in each epoch: {why}.')
         yield 0
         return
     net, old = learn.model, learn.dls
     learn.dls = copy.copy(old)
     learn.dls.loaders = loaders
-    shape = next(dl for dl in loaders if isinstance(dl, FeatureDL)).views[0].shape
     try:
-        with net.beginning_at(net.frozen, shape): yield net.frozen
+        with net.beginning_at(net.frozen, standing_in[0].views[0].shape): yield net.frozen
     finally: learn.dls = old
 
 
