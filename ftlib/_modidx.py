@@ -293,9 +293,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ftlib.models.weights._differences': ('models.weights.html#_differences', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._first_layer': ('models.weights.html#_first_layer', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._first_line': ('models.weights.html#_first_line', 'ftlib/models/weights.py'),
+                                      'ftlib.models.weights._from_fastai': ('models.weights.html#_from_fastai', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._is_learned': ('models.weights.html#_is_learned', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._matches': ('models.weights.html#_matches', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._modern': ('models.weights.html#_modern', 'ftlib/models/weights.py'),
+                                      'ftlib.models.weights._shapes': ('models.weights.html#_shapes', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights._strange': ('models.weights.html#_strange', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights.body_state': ('models.weights.html#body_state', 'ftlib/models/weights.py'),
                                       'ftlib.models.weights.download': ('models.weights.html#download', 'ftlib/models/weights.py'),
@@ -640,4 +642,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'ftlib.train.transaction.whole': ('train.transaction.html#whole', 'ftlib/train/transaction.py')},
             'ftlib.train.vision': { 'ftlib.train.vision._fitting': ('train.vision.html#_fitting', 'ftlib/train/vision.py'),
                                     'ftlib.train.vision._normalised': ('train.vision.html#_normalised', 'ftlib/train/vision.py'),
+                                    'ftlib.train.vision._size_of': ('train.vision.html#_size_of', 'ftlib/train/vision.py'),
                                     'ftlib.train.vision.vision_learner': ('train.vision.html#vision_learner', 'ftlib/train/vision.py')}}}

@@ -124,24 +124,24 @@ def fine_tune_run(
     run = Run(learn)
     if freeze_epochs:
         learn.freeze()
-        _phase(run, "head", freeze_epochs, lr, say, lambda rate: rate, sweep)
+        _phase(run, "head", freeze_epochs, lr, say, ratios=1., **sweep)
     if epochs:
         learn.unfreeze()
         halved = lr if lr == "auto" or not freeze_epochs else lr / 2
-        _phase(run, "fine-tune", epochs, halved, say, lambda rate: slice(rate / 100, rate), sweep)
+        _phase(run, "fine-tune", epochs, halved, say, ratios=slice(1e-2, 1.), **sweep)
     run.classes = per_class(*learn.get_preds(), learn.dls.vocab)
     return run
 
 
-def _phase(run, name, epochs, lr, say, spread, sweep):
-    "One phase of `run`: a sweep when `lr` is 'auto', then `epochs` of one cycle at `spread(lr)`"
+def _phase(run, name, epochs, lr, say, ratios, **sweep):
+    "One phase of `run`: a sweep when `lr` is 'auto', then `epochs` of one cycle; both with the groups' rates in `ratios`"
     start = time.perf_counter()
     if lr == "auto":
         say(f"\n{name}: looking for the rate")
-        run.curves[name] = run.learn.lr_find(show_plot=False, **sweep)
+        run.curves[name] = run.learn.lr_find(show_plot=False, ratios=ratios, **sweep)
         lr = _suggested(run.curves[name], say)
     say(f"{name}: {epochs} epoch{'s' * (epochs != 1)} at {lr:.2e}")
-    run.learn.fit_one_cycle(epochs, spread(lr))
+    run.learn.fit_one_cycle(epochs, slice(lr * ratios.start, lr) if isinstance(ratios, slice) else lr)
     if not np.isfinite(run.learn.history[["train_loss", "valid_loss"]].iloc[-1].astype(float)).all():
         raise RunFailed(f"{name}: the loss is no finite number after {epochs} epochs at {lr:.2e}: try a tenth of that rate.")
     run.phases.append(dict(phase=name, epochs=epochs, lr=lr, seconds=time.perf_counter() - start, top1=_last_accuracy(run)))

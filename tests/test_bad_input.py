@@ -175,6 +175,12 @@ def test_sizes_of_networks(make, said):
     with pytest.raises(ArchError, match=said): make()
 
 
+@pytest.mark.parametrize("arch", ["timm/vit_tiny_patch16_224", "timm/densenet121"])
+def test_pictures_that_a_network_cannot_take(folder, arch):
+    with pytest.raises(ArchError, match=r"cannot be run on 16×16 pictures.*of the side that it was made for"):
+        vision_learner(build(folder), arch, weights=None)
+
+
 # ---- training
 
 @pytest.mark.parametrize("call,args,kw", [

@@ -62,44 +62,39 @@ def problems(arch, mean, std, groups=3):
     if not net.head.training: yield "the head is in evaluation mode"
 
 
-def sweep(expected):
-    "Problems by name, for a mapping of names to (mean, std, least number of groups)"
-    found = {}
-    for name, want in expected.items():
-        try: found[name] = list(problems(name, *want))
-        except Exception as e: found[name] = [f"{type(e).__name__}: {str(e)[:200]}"]
-    return {n: p for n, p in found.items() if p}
-
-
-def test_all_torchvision_classifiers(capsys):
-    start, expected = time.perf_counter(), {}
+def torchvision_classifiers():
+    "Every classifier of torchvision: mean, std and the least number of groups, by name"
     for name in torchvision_names():
         pre = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-        expected[name] = pre.mean, pre.std, 3
-    found = sweep(expected)
-    with capsys.disabled():
-        print(f"\n{len(expected) - len(found)} of {len(expected)} torchvision classifiers, {time.perf_counter() - start:.0f} s")
-    assert len(expected) >= 80
-    assert not found
+        yield name, (pre.mean, pre.std, 3)
 
 
 def timm_families():
-    "The first name of each family that timm has"
+    "The first name of each family that timm has: mean, std and the least number of groups, by name"
     from timm.models import _registry
     first = {}
     for name in timm_names(): first.setdefault(_registry._model_to_module[name], name)
-    return {f: n for f, n in first.items() if f not in SLOW}
-
-
-def test_timm_families(capsys):
-    start, expected = time.perf_counter(), {}
-    for family, name in timm_families().items():
+    for family, name in first.items():
         cfg = timm.get_pretrained_cfg(name)
-        expected[f"timm/{name}"] = cfg.mean, cfg.std, 2 if family in WHOLE else 3
-    found = sweep(expected)
+        if family not in SLOW: yield f"timm/{name}", (cfg.mean, cfg.std, 2 if family in WHOLE else 3)
+
+
+PARTS = 4  # that workers share
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("expected, least", [(torchvision_classifiers, 80), (timm_families, 40)])
+def test_classifiers(expected, least, part, capsys):
+    start, wanted, found = time.perf_counter(), dict(expected()), {}
+    assert len(wanted) >= least
+    mine = dict(list(wanted.items())[part::PARTS])
+    for name, want in mine.items():
+        try: found[name] = list(problems(name, *want))
+        except Exception as e: found[name] = [f"{type(e).__name__}: {str(e)[:200]}"]
+    found = {n: p for n, p in found.items() if p}
     with capsys.disabled():
-        print(f"\n{len(expected) - len(found)} of {len(expected)} timm families, {time.perf_counter() - start:.0f} s")
-    assert len(expected) >= 40
+        print(f"\n{len(mine) - len(found)} of {len(mine)} {expected.__name__} ({len(wanted)} in all), "
+              f"{time.perf_counter() - start:.0f} s")
     assert not found
 
 

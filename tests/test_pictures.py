@@ -48,8 +48,8 @@ def test_a_tiff_of_12_bits():
 
 
 def test_floats_and_what_has_no_scale():
-    assert [grey(stored(np.full((4, 4), v, np.float32), "tiff")) for v in (.2, 51, 255)] == [51, 51, 255]
-    for a, said in ((np.float32(256), "from 256 to 256"), (np.float32(-1), "from -1"), (np.int32(65536), "read as 16 bits, 0…65535"),
+    assert [grey(stored(np.full((4, 4), v, np.float32), "tiff")) for v in (0, .2, 1)] == [0, 51, 255]
+    for a, said in ((np.float32(16), "from 16 to 16"), (np.float32(np.nan), "from nan"), (np.float32(-1), "from -1"), (np.int32(65536), "read as 16 bits, 0…65535"),
                     (np.int32(-1), "from -1 to -1")):
         with pytest.raises(PictureError, match=said): open_picture(stored(np.full((4, 4), a), "tiff"))
 

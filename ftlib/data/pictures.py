@@ -49,10 +49,10 @@ def _from_array(a):
     if a.ndim not in (2, 3) or a.size == 0 or (a.ndim == 3 and a.shape[2] not in (3, 4)):
         raise PictureError(f"an array of shape {a.shape} is no picture: give height × width, or × 1, 3 or 4 channels.")
     low, high = float(a.min()), float(a.max())
-    if a.dtype == bool or (a.dtype.kind == "f" and 0 <= low and high <= 1): a = a * 255.
+    if a.dtype == bool or (a.dtype.kind == "f" and low >= 0 and high <= 1): a = a * 255.
     elif a.dtype.kind == "u" and a.dtype.itemsize == 2: a = a / 257
-    elif not (low >= 0 and high <= 255):
-        raise PictureError(f"an array of {a.dtype} from {low:g} to {high:g} is no picture: give 0…255, uint16, "
+    elif a.dtype.kind not in "iu" or low < 0 or high > 255:
+        raise PictureError(f"an array of {a.dtype} from {low:g} to {high:g} is no picture: give whole numbers in 0…255, uint16, "
                            "or floats in [0, 1].")
     return Image.fromarray(np.rint(a).astype(np.uint8))
 

@@ -81,7 +81,7 @@ def _fetched_timm(a, weights, n_in, **kwargs):
     packaged = packaged_file(a.name.removesuffix('.in1k'))
     if packaged:
         net = a.build(n_in, **kwargs)
-        load_state(net, in_order(net, read_state(packaged)), packaged.name, a.classifier, a.name)
+        load_state(net, in_order(net.state_dict(), read_state(packaged)), packaged.name, a.classifier, a.name)
         a.mean,a.std = (127/255,)*3,(128/255,)*3
         return net
     import timm
@@ -173,9 +173,9 @@ def _split(net, name, n_in, size):
     try: return split(net, n_in, size)
     except (AssertionError, RuntimeError) as e:
         said = str(e).partition('\n')[0]
-        raise ArchError(f'{name} cannot be run on {size}×{size} pictures of {n_in} channels ({said}). Pass the side that it '
-                        "was made for as input_size=, or have it built for another by its builder's own argument "
-                        '(image_size=, img_size=)') from e
+        raise ArchError(f'{name} cannot be run on {size}×{size} pictures of {n_in} channels ({said}). Give it pictures '
+                        "of the side that it was made for, or have it built for these by its builder's own argument (image_size=, "
+                        'img_size=)') from e
 
 def _channels(v, n):
     "Statistics of three channels for `n`: their mean for one, repeated for more."

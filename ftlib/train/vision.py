@@ -48,12 +48,17 @@ def vision_learner(
     else:
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None: torch.manual_seed(seed)
-            net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **head)
+            net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **(_size_of(dls) | head))
     if weights is not None: net.keeps_statistics = not train_bn
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
                     model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views, precision=precision)
     if weights is not None: learn.freeze()
     return learn
+
+
+def _size_of(dls):
+    "The side of the pictures, where the data tells it: a network that can't take them says so now"
+    return dict(input_size=dls.size) if isinstance(getattr(dls, 'size', None), int) else {}
 
 
 def _normalised(dls):
