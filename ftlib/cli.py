@@ -24,6 +24,7 @@ EXAMPLES = {
     "lr-find": "ftlib lr-find flowers --arch resnet18\nftlib lr-find flowers --unfrozen --out runs/rates",
     "audit": "ftlib audit flowers --csv problems.csv\nftlib audit flowers --quick && ftlib train flowers",
     "models": "ftlib models 'res*'\nftlib models '*lite*' --csv lite.csv",
+    "cache": "ftlib cache\nftlib cache --clear",
 }
 
 
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
                "  130  stopped by Ctrl-C")
     parser.add_argument("--version", action="version", version=f"ftlib {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo_options, _train_options, _lr_find_options, _audit_options, _models_options): add(commands)
+    for add in (_demo_options, _train_options, _lr_find_options, _audit_options, _models_options, _cache_options): add(commands)
     return parser
 
 
@@ -125,6 +126,11 @@ def _models_options(commands):
     command = _command(commands, "models", _models, "List the networks whose name matches")
     command.add_argument("pattern", nargs="?", default="*", help="as in the shell: 'res*' (quoted)")
     command.add_argument("--csv", type=Path, help="write the list here")
+
+
+def _cache_options(commands):
+    command = _command(commands, "cache", _cache, "Show what is kept to be faster the next time: decoded pictures, features")
+    command.add_argument("--clear", action="store_true", help="delete it all; it will be computed again")
 
 # %% ../nbs/90_cli.ipynb #c9fa5541
 def _learner(source, arch, weights, data):
@@ -218,6 +224,14 @@ def _models(args):
     if args.csv: found.to_csv(args.csv, index=False)
     print(found.to_string(index=False) if len(found) else f"no model matches {args.pattern!r}")
     return 0 if len(found) else 1
+
+
+def _cache(args):
+    from ftlib.data.cache import cache_folder, cache_table, clear_cache
+    found = cache_table()
+    if args.clear: clear_cache()
+    print(found.to_string(index=False) if len(found) else "nothing is kept")
+    print(f"{'deleted from' if args.clear else 'in'} {cache_folder()} (FTLIB_CACHE names another place)")
 
 # %% ../nbs/90_cli.ipynb #749405b0
 def _is_bad_input(error):

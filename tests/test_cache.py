@@ -1,4 +1,4 @@
-"""Features that are kept are never those of another picture, transform or network, and trouble with the disk costs time only."""
+"""What is kept is never that of another picture, transform or network, and trouble with the disk costs time only."""
 
 import os
 import signal
@@ -16,10 +16,10 @@ from fastai.metrics import accuracy
 from PIL import Image
 from torch import nn
 
+from ftlib.data.cache import DecodedPictures, picture_name, trim
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
 from ftlib.train.frozen import features_of, is_random, on_features
-from ftlib.train.identity import picture_name
 from ftlib.train.store import FeatureStore
 from ftlib.train.vision import vision_learner
 
@@ -193,7 +193,7 @@ def test_killed_while_it_is_written(tmp_path):
     assert FeatureStore(folder=tmp_path).features("recipe").missing(["p0"]) == [0]
     left = next(tmp_path.iterdir())
     os.utime(left, (time.time() - 2 * 86400,) * 2)
-    FeatureStore(folder=tmp_path).trim()
+    trim(tmp_path, 20 << 30)
     assert not left.exists()
 
 
@@ -203,3 +203,113 @@ def test_two_processes_fill_the_same(tmp_path):
     found = FeatureStore(folder=tmp_path).features("recipe")
     assert found.take(found.places(["p7", "p199"]))[:, 0].tolist() == [7., 199.]
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json"]
+
+
+# ---- decoded pictures
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    "24 pictures that are larger than needed, and a cache of their own"
+    monkeypatch.setenv("FTLIB_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for i in range(N):
+        path = tmp_path / "large" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (50, 40 + i, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "large"
+
+
+def epochs(folder, n=2, **kwargs):
+    "All batches of both loaders in `n` epochs"
+    dls = data(folder, **kwargs)
+    return [x for _ in range(n) for dl in (dls.train, dls.valid) for x, _ in dl]
+
+
+@pytest.mark.parametrize("augment", ["strong", None])
+def test_kept_or_not_batches_are_the_same(large, augment):
+    plain = epochs(large, augment=augment, cache=False)
+    for workers in (0, 2):
+        for _ in range(2):  # the second finds all pictures
+            assert all(map(torch.equal, plain, epochs(large, augment=augment, num_workers=workers)))
+
+
+def test_each_picture_is_decoded_once(large, monkeypatch):
+    epochs(large, n=1)
+    monkeypatch.setattr("ftlib.data.cache.open_picture", None)
+    epochs(large)
+    with pytest.raises(TypeError): epochs(large, cache=False)
+
+
+def test_looking_at_a_batch_decodes_no_others(large):
+    dls = data(large)
+    dls.one_batch(), dls.train.show_batch(show=False)
+    assert not DecodedPictures(side=20).at
+    next(iter(dls.valid))
+    assert len(DecodedPictures(side=20).at) == N
+
+
+def test_a_picture_that_changes_is_seen(large):
+    dls = data(large, augment=None)
+    before = torch.cat([x for x, _ in dls.valid])
+    for change in (touch_18, blacken_18):
+        change(large)
+        assert torch.equal(torch.cat([x for x, _ in dls.valid])[0].sum() == 0, torch.tensor(change is blacken_18))
+    assert torch.equal(torch.cat([x for x, _ in dls.valid])[1:], before[1:])
+
+
+def touch_18(folder): os.utime(folder / "a" / "18.png", ns=(0, 0))
+def blacken_18(folder): Image.new("RGB", (50, 50)).save(folder / "a" / "18.png")
+
+
+def test_a_full_disk_decodes_each_time(large, tmp_path, capsys, monkeypatch):
+    small = tmp_path / "small"
+    small.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True)
+    if made.returncode: pytest.skip("no right to mount a small disk here")
+    try:
+        plain = epochs(large, cache=False)
+        monkeypatch.setenv("FTLIB_CACHE", str(small))
+        assert all(map(torch.equal, plain, epochs(large)))
+        assert capsys.readouterr().out.count("decoded anew") == 1
+        assert not list((small / "pictures").iterdir())
+    finally: subprocess.run(["umount", str(small)], check=True)
+
+
+DECODER = """
+    import sys, time
+    from pathlib import Path
+    from ftlib.data.cache import DecodedPictures
+    class Slow(DecodedPictures):
+        n = 0
+        def _pixels(self, source):
+            Slow.n += 1
+            if Slow.n == 70: print("half way", flush=True)
+            time.sleep(float(sys.argv[3]))
+            return super()._pixels(source)
+    Slow([Path(p) for p in sorted(Path(sys.argv[1]).rglob("*.png"))], 20, folder=sys.argv[2]).ready()
+    print("done", flush=True)
+"""
+
+
+def decoder(folder, kept, pause):
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(DECODER), str(folder), str(kept), str(pause)],
+                            stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_while_pictures_are_written(large, tmp_path):
+    for i in range(N, 100): Image.new("RGB", (60, 60), (i, 0, 0)).save(large / "a" / f"{i}.png")
+    process = decoder(large, tmp_path / "kept", .05)
+    assert process.stdout.readline() == "half way\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [p.suffix for p in (tmp_path / "kept").iterdir()] == [".new"]
+    assert not DecodedPictures(side=20, folder=tmp_path / "kept").at
+    assert decoder(large, tmp_path / "kept", 0).communicate()[0].splitlines()[-1] == "done"
+    assert DecodedPictures(side=20, folder=tmp_path / "kept").get(large / "a" / "99.png")[0, 0].tolist() == [99, 0, 0]
+
+
+def test_two_processes_decode_the_same(large, tmp_path):
+    both = [decoder(large, tmp_path / "kept", .01) for _ in range(2)]
+    assert [p.communicate()[0].splitlines()[-1] for p in both] == ["done"] * 2
+    assert len(DecodedPictures(side=20, folder=tmp_path / "kept").at) == N
+    assert sorted(p.suffix for p in (tmp_path / "kept").iterdir()) == [".bin", ".json"]

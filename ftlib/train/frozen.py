@@ -23,10 +23,11 @@ from fastcore.foundation import GetAttr
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from ..data.cache import IdentityError, digest, picture_name
 from ..data.loader import LabelOf, PictureDL, seeded
 from ..models.folded import folded
 from ..models.network import Network
-from .identity import IdentityError, described, digest, picture_name, weights_name
+from .identity import described, weights_name
 from .precision import as_arithmetic, fastest
 from .progress import shows_bars
 from .store import Features, FeatureStore

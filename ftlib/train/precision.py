@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from .identity import digest
-from .store import cache_folder
+from ..data.cache import cache_folder, digest
 
 # %% ../../nbs/30_train.precision.ipynb #e5da6b7c
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
