@@ -243,9 +243,9 @@ def test_each_picture_is_decoded_once(large, monkeypatch):
 def test_looking_at_a_batch_decodes_no_others(large):
     dls = data(large)
     dls.one_batch(), dls.train.show_batch(show=False)
-    assert not DecodedPictures(side=20).at
+    assert not DecodedPictures(side=24).at
     next(iter(dls.valid))
-    assert len(DecodedPictures(side=20).at) == N
+    assert len(DecodedPictures(side=24).at) == N
 
 
 def test_a_picture_that_changes_is_seen(large):

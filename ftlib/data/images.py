@@ -236,8 +236,8 @@ def _loaders(table, vocab, size, seed, bs, augment, balance, num_workers, device
     weights = (1 / parts[0]["name"].map(counts)).tolist() if balance == "sampler" else None
     if num_workers is None: num_workers = _workers(table, size)
     device = default_device() if device is None else device
-    # A little more than the size: a crop of 35 % of the picture is enlarged by no more than a third.
-    side, made = math.ceil(1.25 * size), []
+    # So much more than the size that a crop of 35 % of the picture is hardly enlarged
+    side, made = math.ceil(1.5 * size), []
     decoded = DecodedPictures([s for part in parts for s in part["item"]], side) if cache else None
     for i, part in enumerate(parts):
         items = list(map(Item, part["item"], part["name"]))

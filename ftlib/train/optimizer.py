@@ -9,7 +9,7 @@ __all__ = ['TorchOptimizer', 'torch_class', 'build_optimizer', 'norm_and_bias']
 from functools import partial
 
 import torch
-from fastai.optimizer import OptimWrapper, detuplify_pg
+from fastai.optimizer import Adam, OptimWrapper
 
 # %% ../../nbs/21_train.optimizer.ipynb #06a73155
 class TorchOptimizer(OptimWrapper):
@@ -36,8 +36,7 @@ class TorchOptimizer(OptimWrapper):
 
     @property
     def hypers(self):
-        groups = [detuplify_pg(self.opt.param_groups[i]) for i in self.heads]
-        return [{self.fwd_map.get(k, k): v for k, v in g.items() if k not in ('stage', 'spared')} for g in groups]
+        return [{self.fwd_map.get(k, k): v for k, v in _flat(self.opt.param_groups[i])} for i in self.heads]
 
     def _set_hyper(self, k, v):
         key = self.bwd_map.get(k)
@@ -50,14 +49,30 @@ class TorchOptimizer(OptimWrapper):
 
     def clear_state(self): self.opt.state.clear()
 
+
+def _flat(group):
+    "The settings of a torch group; of a pair such as `betas`, one each. Read several times a step, so it does little"
+    for k, v in group.items():
+        if k in ('params', 'stage', 'spared'): continue
+        if isinstance(v, (tuple, list)): yield from ((f'{k}__{i}', o) for i, o in enumerate(v))
+        else: yield k, v
+
 # %% ../../nbs/21_train.optimizer.ipynb #e7948056
 def torch_class(opt_func):  # What the user gave as `opt_func`
     "The torch optimizer class (or partial of one) in `opt_func`, or None when it is fastai's own kind."
     inner = opt_func.func if isinstance(opt_func, partial) else opt_func
+    if inner is Adam: return _fused_adam(getattr(opt_func, 'keywords', {}), getattr(opt_func, 'args', ()))
     if isinstance(inner, type) and issubclass(inner, torch.optim.Optimizer): return opt_func
     if inner is not OptimWrapper or not isinstance(opt_func, partial) or 'opt' not in opt_func.keywords: return None
     rest = {k: v for k, v in opt_func.keywords.items() if k != 'opt'}
     return partial(opt_func.keywords['opt'], **rest)
+
+
+def _fused_adam(given, args=()):
+    "torch's form of fastai's Adam, or None for one that it has no form for"
+    has = dict(mom=.9, sqr_mom=.99, eps=1e-5, wd=.01, decouple_wd=True) | given
+    if args or len(has) > 5 or not has['decouple_wd']: return None
+    return partial(torch.optim.AdamW, betas=(has['mom'], has['sqr_mom']), eps=has['eps'], weight_decay=has['wd'], fused=True)
 
 
 def build_optimizer(
