@@ -64,7 +64,8 @@ class Stepping(Grouped):
         self.pred = pred if way.dtype == 'fp32' else to_float(pred)
         self('after_pred')
         if len(self.yb):
-            self.loss_grad = self.loss_func(self.pred, *self.yb)
+            # fastai's tensors ask Python at every operation that follows; a loss needs none of what they know
+            self.loss_grad = self.loss_func(self.pred, *self.yb).as_subclass(torch.Tensor)
             self.loss = self.loss_grad.clone()
         self('after_loss')
 
