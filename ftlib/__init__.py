@@ -27,6 +27,7 @@ _ROOMS = {
     "train.optimizer": "TorchOptimizer",
     "train.lr_curve": "LRCurve CurveError",
     "train.metrics": "top_k",
+    "train.frozen": "MixFeatures",
     "train.groups": "TrainError",
     "train.learner": "Learner",
     "train.vision": "vision_learner",

@@ -390,6 +390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftlib.train.frozen.FeatureDL.one_batch': ( 'train.frozen.html#featuredl.one_batch',
                                                                                 'ftlib/train/frozen.py'),
                                     'ftlib.train.frozen.FeatureDL.rng': ('train.frozen.html#featuredl.rng', 'ftlib/train/frozen.py'),
+                                    'ftlib.train.frozen.MixFeatures': ('train.frozen.html#mixfeatures', 'ftlib/train/frozen.py'),
                                     'ftlib.train.frozen._chain': ('train.frozen.html#_chain', 'ftlib/train/frozen.py'),
                                     'ftlib.train.frozen._fill': ('train.frozen.html#_fill', 'ftlib/train/frozen.py'),
                                     'ftlib.train.frozen._loaders': ('train.frozen.html#_loaders', 'ftlib/train/frozen.py'),

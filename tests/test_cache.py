@@ -19,7 +19,7 @@ from torch import nn
 from ftlib.data.cache import DecodedPictures, picture_name, trim
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
-from ftlib.train.frozen import features_of, is_random, on_features
+from ftlib.train.frozen import MixFeatures, features_of, is_random, on_features
 from ftlib.train.store import FeatureStore
 from ftlib.train.vision import vision_learner
 
@@ -130,6 +130,9 @@ def test_pictures_where_a_callback_wants_them(folder, capsys):
     learn.freeze_to(-2)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=MixUp())
     assert list(learn.history.cached) == [0] and "MixUp looks at pictures" in capsys.readouterr().out
+    loss = learn.loss_func
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=MixFeatures())
+    assert learn.history.cached.iloc[-1] and learn.loss_func is loss and not capsys.readouterr().out
 
 
 def test_fastais_way_has_no_features(folder, capsys):
