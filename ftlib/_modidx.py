@@ -67,7 +67,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ftlib.data.cache.picture_name': ('data.cache.html#picture_name', 'ftlib/data/cache.py'),
                                   'ftlib.data.cache.shrunk': ('data.cache.html#shrunk', 'ftlib/data/cache.py'),
                                   'ftlib.data.cache.trim': ('data.cache.html#trim', 'ftlib/data/cache.py'),
-                                  'ftlib.data.cache.whole': ('data.cache.html#whole', 'ftlib/data/cache.py')},
+                                  'ftlib.data.cache.written': ('data.cache.html#written', 'ftlib/data/cache.py')},
             'ftlib.data.images': { 'ftlib.data.images.Erase': ('data.images.html#erase', 'ftlib/data/images.py'),
                                    'ftlib.data.images.Erase.encodes': ('data.images.html#erase.encodes', 'ftlib/data/images.py'),
                                    'ftlib.data.images.ImageData': ('data.images.html#imagedata', 'ftlib/data/images.py'),

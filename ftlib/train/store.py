@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.cache import cache_folder, digest, trim, whole
+from ..data.cache import cache_folder, digest, trim, written
 
 # %% ../../nbs/29_train.store.ipynb #a4aee064
 class Features:
@@ -132,9 +132,9 @@ class FeatureStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         nbytes, data = prod(shape) * dtype.itemsize, self.folder / f'{features.recipe}-{digest(*names)}.bin'
         trim(self.folder, self.disk, nbytes)
-        with whole(data) as f:
+        with written(data) as f:
             _claim(f, nbytes)
             yield torch.from_file(f.name, True, prod(shape), dtype=dtype).view(shape)
-        with whole(data.with_suffix('.json')) as f:
+        with written(data.with_suffix('.json')) as f:
             f.write(json.dumps(dict(shape=shape, dtype=str(dtype).removeprefix('torch.'), names=list(names))).encode())
         self._read(features, data.with_suffix('.json'))
