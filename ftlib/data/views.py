@@ -32,7 +32,8 @@ def resampled(
 
 # %% ../../nbs/05_data.views.ipynb #be610ae9
 def crop_matrix(
-    w, h,        # Sides of the picture
+    w,           # Width of the picture
+    h,           # Height
     min_scale,   # Least share of its area
     ratio=4/3,   # Most that one side of the crop is longer than the other
 ):               # 3 × 3
