@@ -186,6 +186,7 @@ class DecodedPictures:
             except OSError: pass  # gone since: whoever opens it will say so
         todo = {n: s for n, s in named.items() if n not in self.at}
         if not todo: return
+        if len(todo) >= 1000: print(f"Decoding {len(todo):,} pictures, this once.", flush=True)
         try: self._fill(todo)
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise
