@@ -97,6 +97,7 @@ class Stepping(Grouped):
 
     def _halve(self, n):
         self.most = (min(n, self.most or n) + 1) // 2
+        self.pred = self.loss = self.loss_grad = None  # they hold on to what the batch had computed, too
         if self.training: self.opt.zero_grad()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         print(f'Out of memory: batches of {n} go through {self.most} pictures at a time from here on, and a step is still taken over all {n}.')
