@@ -2,7 +2,8 @@
 
 The same network, in the same state, with the same batches, is swept by both, with their defaults. States: `frozen` (a new
 head on ImageNet's body), `unfrozen` (the same, everything trains) and `trained` (after 2 epochs of the head and 3 of
-everything). The spread is the largest over the smallest; a suggestion of none is counted as `none`.
+everything). The spread is the largest over the smallest; a suggestion of none is counted as `none`. Our curves are kept beside
+the table, and what they say is read anew each time: sweeps take hours, reading them a moment.
 """
 
 import functools
@@ -10,6 +11,7 @@ import time
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback import schedule
 from fastai.callback.progress import ProgressCallback
@@ -26,7 +28,13 @@ OURS, FASTAI = ["lr_min", "lr_steep", "suggested"], ["minimum", "steep", "valley
 def by_ftlib(learn):
     start = time.perf_counter()
     found = ftlib.train.lr_find.find_lr(learn, show_plot=False, quiet=True)
-    return {name: getattr(found, name) for name in OURS} | {"ftlib s": time.perf_counter() - start}
+    return found.curve, {"ftlib s": time.perf_counter() - start}
+
+
+def read(curve):
+    "What a curve suggests"
+    reading = ftlib.LRCurve(curve.lr, curve.loss, curve.start)
+    return {name: getattr(reading, name) for name in OURS}
 
 
 def by_fastai(learn, folder):
@@ -44,7 +52,7 @@ def or_none(func):
     @functools.wraps(func)
     def told(lrs, losses, num_it):
         try: return func(lrs, losses, num_it)
-        except IndexError: return np.nan, None
+        except (IndexError, ValueError): return np.nan, None
     return told
 
 
@@ -72,12 +80,16 @@ def spread(rates):
 
 def main():
     args = arguments(__doc__, "lr_finder.csv", ["food3", "ants_bees"], [0, 1, 2, 3, 4], bs=16).parse_args()
-    results = Results(args.out, "set", "seed", "state")
+    results, curves = Results(args.out, "set", "seed", "state"), args.out.parent / "curves"
+    for row in results.rows: row.update(read(pd.read_csv(curves / f"{row['set']}_{row['state']}_{row['seed']}.csv")))
     for name, seed in product(args.sets, args.seeds):
         if results.has(name, seed, "trained"): continue
         for state, learn in states(args.data / name, args.weights, seed, args.size, args.bs):
-            if not results.has(name, seed, state):
-                results.add(set=name, seed=seed, state=state, **by_ftlib(learn), **by_fastai(learn, args.out.parent))
+            if results.has(name, seed, state): continue
+            curve, seconds = by_ftlib(learn)
+            curves.mkdir(exist_ok=True)
+            curve.to_csv(curves / f"{name}_{state}_{seed}.csv", index=False)
+            results.add(set=name, seed=seed, state=state, **read(curve), **seconds, **by_fastai(learn, args.out.parent))
     print("largest / smallest suggestion over the seeds")
     print(results.table.groupby(["set", "state"], sort=False)[OURS + FASTAI].agg(spread).to_string())
 

@@ -25,6 +25,7 @@ _ROOMS = {
     "models.cnn": "cnn",
     "train.schedule": "RateError Constant Step Exponential Cosine Linear Warmup OneCycle FlatCosine ReduceLROnPlateau",
     "train.optimizer": "TorchOptimizer",
+    "train.history": "Recorder",
     "train.lr_curve": "LRCurve CurveError",
     "train.metrics": "top_k",
     "train.frozen": "MixFeatures",

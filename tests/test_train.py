@@ -20,6 +20,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed, tensor
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ftlib.models.network import Body, Network, Normalize
 from ftlib.train.learner import Learner
@@ -256,6 +257,31 @@ def test_validate_in_the_midst_of_a_fit(cls, tmp_path):
 
 
 # --- fits
+
+class Reads(TorchFunctionMode):
+    "Counts what makes the machine wait for a device: numbers and tensors that are brought over from it"
+    waits = torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__, torch.Tensor.numpy
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.waits
+        return func(*args, **kwargs or {})
+
+
+@BOTH
+def test_no_step_waits_for_the_device(cls, tmp_path):
+    def reads(bs):
+        learn = learner(cls, tmp_path, bs=bs, opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+        learn.dls.valid.bs = bs
+        with Reads() as found: quietly(learn, "fit_one_cycle", 1, 1e-2)
+        return found.count, len(learn.dls.train) + len(learn.dls.valid)
+    (few, n), (many, m) = reads(200), reads(20)
+    grown = (many - few) / (m - n)
+    assert grown >= 1 if cls is FastaiLearner else grown == 0, f"{few} reads in {n} batches, {many} in {m}"
+
 
 @BOTH
 def test_an_optimizer_without_momentum(cls, tmp_path):

@@ -26,10 +26,9 @@ from torch import nn
 
 from ..data.cache import IdentityError, digest, picture_name
 from ..data.loader import LabelOf, PictureDL, seeded
-from ..models.folded import folded
 from ..models.network import Network
 from .identity import described, weights_name
-from .precision import as_arithmetic, fastest
+from .precision import for_computing
 from .progress import shows_bars
 from .store import Features, FeatureStore
 
@@ -181,9 +180,7 @@ def _fill(frozen, batches, names, found, precision, store):
     def plain(batch): return batch[0].as_subclass(torch.Tensor)
     batches = iter(batches)
     x, at = plain(next(batches)), 0
-    fast = folded(frozen, x[:2])
-    way = fastest(fast, x[:8], None, lambda out, y: out.square().mean()) if precision == 'auto' else as_arithmetic(precision)
-    way.place(fast)
+    fast, way = for_computing(frozen, x, precision)
     with way.autocast(x.device):
         out = fast(way.laid_out(x))
         with store.block(found, names, out.shape[1:]) as block:

@@ -32,7 +32,7 @@ def smooth(
 
 class LRCurve:
     "A sweep of the learning rate, read. Rates are those of the head; losses are training losses."
-    beyond_noise, share, bottom_share = 4., .1, .2
+    beyond_noise, share = 4., .1
 
     def __init__(self,
         lrs,             # Rates, ascending
@@ -99,12 +99,14 @@ class LRCurve:
         return self._crossing(above)
 
     @cached_property
-    def edge(self) -> float | None:
-        "Right edge of the bottom: the rate where the loss has climbed back a fifth of the descent; None without one"
+    def middle(self) -> float | None:
+        "Middle of the bottom: centre of gravity of the rates around the lowest loss that keep half of the descent; None without one"
         if not self.descends: return None
-        above = self.fall > -(1 - self.bottom_share) * self.depth
-        above[:self.bottom] = False
-        return self._crossing(above) or float(10 ** self.x[-1])
+        kept = np.clip(-self.fall / self.depth - .5, 0, None)
+        ends = np.flatnonzero(kept == 0)
+        kept[:max(ends[ends < self.bottom], default=0)] = 0
+        kept[min(ends[ends > self.bottom], default=len(kept)):] = 0
+        return float(10 ** (kept @ self.x / kept.sum()))
 
     @cached_property
     def half(self) -> float | None:
@@ -121,8 +123,8 @@ class LRCurve:
 
     @property
     def lr_min(self) -> float:
-        "Minimum/10: a tenth of the edge of the bottom; without a descent a tenth of where the loss rises; else nan"
-        point = self.edge or self.rise
+        "Minimum/10: a tenth of the middle of the bottom; without a descent a tenth of where the loss rises; else nan"
+        point = self.middle or self.rise
         return point / 10 if point else float('nan')
 
     @property
@@ -132,8 +134,8 @@ class LRCurve:
 
     @property
     def suggested(self) -> float:
-        "The rate to take: midway (in decades) between steepest and minimum/10; without a descent a tenth of the rise"
-        return float(np.sqrt(self.lr_min * self.lr_steep)) if self.descends else self.lr_min
+        "The rate to take: midway (in decades) between the steepest point and the minimum; without a descent a tenth of the rise"
+        return float(np.sqrt(self.half * self.middle)) if self.descends else self.lr_min
 
     @property
     def verdict(self) -> str:
@@ -149,12 +151,11 @@ class LRCurve:
         lrs, curve = 10 ** self.x, self.level + self.fall
         ax.plot(lrs, self.level + self.change, '.', color='C0', alpha=.3, ms=4, label='batches')
         ax.plot(lrs, curve, color='C0', label='smoothed')
-        points = [('steepest', self.half, 'C1'), ('minimum', self.edge, 'C2'), ('rise', None if self.descends else self.rise, 'C3')]
+        points = [('steepest', self.half, 'C1'), ('minimum', self.middle, 'C2'), ('rise', None if self.descends else self.rise, 'C3')]
         for name, lr, color in points:
             if not lr: continue
             at = np.interp(np.log10(lr), self.x, curve)
-            said = 'end of the minimum' if name == 'minimum' else name
-            ax.plot(lr, at, 'o', color=color, ms=7, label=f'{said} {lr:.1e}')
+            ax.plot(lr, at, 'o', color=color, ms=7, label=f'{name} {lr:.1e}')
             if name != 'steepest':
                 ax.axvline(lr / 10, color=color, ls=':', lw=1.5, label=f'{name}/10 {lr / 10:.1e}')
         ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='' if self.descends else 'no clear descent')

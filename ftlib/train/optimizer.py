@@ -6,6 +6,7 @@
 __all__ = ['TorchOptimizer', 'torch_class', 'build_optimizer', 'norm_and_bias']
 
 # %% ../../nbs/21_train.optimizer.ipynb #828fade6
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -35,8 +36,10 @@ class TorchOptimizer(OptimWrapper):
     def param_lists(self): return self.stages
 
     @property
-    def hypers(self):
-        return [{self.fwd_map.get(k, k): v for k, v in _flat(self.opt.param_groups[i])} for i in self.heads]
+    def hypers(self): return _Hypers(self)
+
+    def _hypers_of(self, stage):
+        return {self.fwd_map.get(k, k): v for k, v in _flat(self.opt.param_groups[self.heads[stage]])}
 
     def _set_hyper(self, k, v):
         key = self.bwd_map.get(k)
@@ -50,8 +53,16 @@ class TorchOptimizer(OptimWrapper):
     def clear_state(self): self.opt.state.clear()
 
 
+class _Hypers(Sequence):
+    "Hyper-parameters by stage, looked up when asked for: a step asks several times, mostly how many there are"
+    def __init__(self, opt): self.opt = opt
+    def __len__(self): return len(self.opt.stages)
+    def __getitem__(self, i): return [*self][i] if isinstance(i, slice) else self.opt._hypers_of(i)
+    def __repr__(self): return repr([*self])
+
+
 def _flat(group):
-    "The settings of a torch group; of a pair such as `betas`, one each. Read several times a step, so it does little"
+    "The settings of a torch group; of a pair such as `betas`, one each"
     for k, v in group.items():
         if k in ('params', 'stage', 'spared'): continue
         if isinstance(v, (tuple, list)): yield from ((f'{k}__{i}', o) for i, o in enumerate(v))

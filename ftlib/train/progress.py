@@ -18,6 +18,12 @@ def shows_bars() -> bool:
     return IN_NOTEBOOK or bool(getattr(sys.stdout, 'isatty', lambda: False)())
 
 
+class _Number:
+    "A number that is read when it is shown: reading it from a GPU waits for all that it has still to do"
+    def __init__(self, value): self.value = value
+    def __str__(self): return f'{float(self.value):.4f}'
+
+
 class Progress(ProgressCallback):
     "fastai's progress bars in notebooks and terminals; elsewhere a header and one line an epoch."
     hidden = False  # lines even where a bar could move
@@ -35,7 +41,11 @@ class Progress(ProgressCallback):
     def before_validate(self): self.bars and super().before_validate()
     def after_train(self): self.bars and super().after_train()
     def after_validate(self): self.bars and super().after_validate()
-    def after_batch(self): self.bars and super().after_batch()
+
+    def after_batch(self):
+        if not self.bars: return
+        if hasattr(self.learn, 'smooth_loss'): self.pbar.comment = _Number(self.learn.smooth_loss)
+        self.pbar.update(self.iter + 1)
 
     def _line(self, row):
         print('  '.join(f'{o:>11.6f}' if isinstance(o, float) else f'{o!s:>11}' for o in row), flush=True)

@@ -13,7 +13,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import to_float
 
 from .groups import Grouped, TrainError
-from .precision import Arithmetic, fastest
+from .precision import Arithmetic, fastest, for_computing
 
 # %% ../../nbs/33_train.step.ipynb #f313736b
 def is_out_of_memory(
@@ -32,19 +32,41 @@ def _listens(cb, event_name):
 class Stepping(Grouped):
     "`Grouped` with a step that chooses its arithmetic, and takes a batch in parts of `most` pictures once memory has run out."
     precision, arithmetic, most = 'auto', None, None  # see `Learner`
+    folds, _folded = False, None  # whether a pass is to fold norms; the copy that then stands in for the network
 
     def __call__(self, event_name):
         for name in [event_name] if isinstance(event_name, str) else event_name: self._call_one(name)
 
     def _call_one(self, event_name):
         "As fastai's, but only callbacks that have the event are called: for others it would search the learner and the model for one"
+        for cb in self._listening(event_name): cb(event_name)
+
+    def _listening(self, event_name):
+        "The callbacks that have the event, in order"
         if not hasattr(event, event_name): raise TrainError(f'there is no event {event_name!r}.')
-        for cb in sorted(self.cbs, key=lambda cb: cb.order):
-            if _listens(cb, event_name): cb(event_name)
+        if event_name == 'before_fit' or '_listeners' not in vars(self): self._listeners = {}
+        if event_name not in self._listeners:
+            self._listeners[event_name] = [cb for cb in sorted(self.cbs, key=lambda cb: cb.order) if _listens(cb, event_name)]
+        return self._listeners[event_name]
+
+    def add_cb(self, cb):
+        self._listeners = {}
+        return super().add_cb(cb)
+
+    def remove_cb(self, cb):
+        self._listeners = {}
+        return super().remove_cb(cb)
+
+    def _set_device(self, b):
+        "As fastai's; a batch that is there already is left as it is"
+        device = getattr(self.dls, 'device', None)
+        there = device is not None and all(isinstance(o, torch.Tensor) and o.device == device for o in b)
+        return b if there and next(self.model.parameters()).device == device else super()._set_device(b)
 
     def _do_one_batch(self):
         "As fastai's, in the arithmetic that was chosen, and in parts where it must"
         if self.arithmetic is None and self.training and len(self.yb): self.arithmetic = self._fastest()
+        if self.folds and not self.training: self._fold()
         n = len(self.xb[0])
         while True:
             try: return self._at_once() if self.most is None or n <= self.most else self._in_parts(n)
@@ -60,7 +82,7 @@ class Stepping(Grouped):
     def _score(self):
         "Predictions and loss of what `xb` and `yb` hold now"
         way = self.arithmetic or Arithmetic()
-        with way.autocast(self.xb[0].device): pred = self.model(*map(way.laid_out, self.xb))
+        with way.autocast(self.xb[0].device): pred = (self.model if self._folded is None else self._folded)(*map(way.laid_out, self.xb))
         self.pred = pred if way.dtype == 'fp32' else to_float(pred)
         self('after_pred')
         if len(self.yb):
@@ -68,6 +90,13 @@ class Stepping(Grouped):
             self.loss_grad = self.loss_func(self.pred, *self.yb).as_subclass(torch.Tensor)
             self.loss = self.loss_grad.clone()
         self('after_loss')
+
+    def _fold(self):
+        "Where there are pictures enough to be worth it and nothing listens to single layers, a folded copy stands in"
+        self.folds, x = False, self.xb[0]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        if hooked or len(self.xb) > 1 or x.ndim != 4 or self.n_iter * len(x) < 256 or hasattr(self, 'mixed_precision'): return
+        self._folded, self.arithmetic = for_computing(self.model, x.as_subclass(torch.Tensor), self.precision)
 
     def _in_parts(self, n):
         "`most` pictures at a time; gradients add up to those of the whole batch"

@@ -34,6 +34,7 @@ def vision_learner(
     cache:bool=True,      # Compute what is frozen once, and keep it
     views:int=4,          # Random views of a picture that take turns while its features are kept
     precision='auto',     # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', an `Arithmetic`
+    compile=False,        # Let `torch.compile` make the network faster: minutes first; or the name of one of its backends
     init=nn.init.kaiming_normal_,
     **head,               # More arguments of `create_network`: cut, custom_head, concat_pool, lin_ftrs, ps, n_in, …
 ) -> Learner:
@@ -51,7 +52,8 @@ def vision_learner(
             net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **(_size_of(dls) | head))
     if weights is not None: net.keeps_statistics = not train_bn
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
-                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views, precision=precision)
+                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views, precision=precision,
+                   compile=compile)
     if weights is not None: learn.freeze()
     return learn
 
