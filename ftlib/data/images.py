@@ -86,7 +86,7 @@ class WeightedLoss(CrossEntropyLossFlat):
 
 class ImageData(DataLoaders):
     "fastai's `DataLoaders` with a summary, a report of bad files, and held-out pictures that training never meets"
-    seed, size, _table, _held, _bad = 42, None, None, None, None
+    seed, size, auto_bs, _table, _held, _bad = 42, None, False, None, None, None
 
     def held_out(self):
         "A loader of the test pictures, in order. This is the only way to them."
@@ -179,7 +179,7 @@ def image_data(
     valid:float=.2,            # Share for validation, by class; a split that the source has is kept
     test:float=0.,             # Share held out
     seed:int=42,               # Of the split and of the batches
-    bs:int=64,                 # Pictures in a batch
+    bs:int=64,                 # Pictures in a batch; 'auto': as many as the GPU has memory for, found by `vision_learner`
     augment="default",         # 'light', 'default', 'strong', None, or a list of fastai's batch transforms
     balance:str|None=None,     # 'loss': rare classes weigh more; 'sampler': they are drawn as often as others
     names=None,                # What classes are called: dict, list or JSON file
@@ -192,6 +192,7 @@ def image_data(
     cache:bool=True,           # Decode each picture once, in the first pass, and keep it (`data.cache`)
 ) -> ImageData:                # Batches of floats in [0, 1], 3 × size × size, and class numbers
     "Pictures from anywhere as fastai `DataLoaders`. Raises `DataError` for what no classifier can be trained on."
+    auto_bs, bs = isinstance(bs, str) and bs == "auto", 64 if isinstance(bs, str) and bs == "auto" else bs
     _check_settings(size, bs, balance, num_workers, seed)
     size, bs, seed = int(size), int(bs), int(seed)
     augmentations(size, augment)  # refuses what is unknown before any file is read
@@ -203,7 +204,7 @@ def image_data(
     shown = show_names(found.classes, names)
     table["name"] = table["label"].map(dict(zip(found.classes, shown)))
     dls = _loaders(table, shown, size, seed, bs, augment, balance, num_workers, device, found.path, cache)
-    dls.seed, dls.size, dls._table, dls._bad = seed, size, table, bad
+    dls.seed, dls.size, dls._table, dls._bad, dls.auto_bs = seed, size, table, bad, auto_bs and dls.device.type == "cuda"
     held = table[table["split"] == "test"]
     if len(held): dls._held = list(map(Item, held["item"], held["name"]))
     return dls
@@ -213,7 +214,8 @@ def _check_settings(size, bs, balance, num_workers, seed):
     for name, value, least in (("size", size, 1), ("bs", bs, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
         if name == "num_workers" and value is None: continue
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise DataError(f"{name}={value!r}: give a whole number of at least {least}.")
+            other = ", or 'auto'" if name == "bs" else ""
+            raise DataError(f"{name}={value!r}: give a whole number of at least {least}{other}.")
     if balance not in (None, "loss", "sampler"):
         raise DataError(f"balance={balance!r}: use 'loss', 'sampler' or "
                         f"None.{did_you_mean(balance, ['loss', 'sampler'])}")

@@ -6,6 +6,7 @@
 __all__ = ['vision_learner']
 
 # %% ../../nbs/36_train.vision.ipynb #85a00a12
+import copy
 import warnings
 
 import torch
@@ -17,6 +18,7 @@ from ..models.backbone import create_network
 from ..models.network import Network
 from .groups import TrainError
 from .learner import Learner
+from .step import largest_batch
 
 # %% ../../nbs/36_train.vision.ipynb #65de311e
 def vision_learner(
@@ -54,8 +56,19 @@ def vision_learner(
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
                     model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views, precision=precision,
                    compile=compile)
+    if getattr(dls, 'auto_bs', False): learn.dls = _as_many_as_fit(learn)
     if weights is not None: learn.freeze()
     return learn
+
+
+def _as_many_as_fit(learn):
+    "The learner's data in batches as large as memory allows, if that leaves an epoch eight steps; twice as large for validation"
+    old, net = learn.dls, learn.model.to(learn.dls.device)
+    n = largest_batch(net, *old.train.one_batch(), learn.loss_func, most=max(8, min(512, old.train.n // 8)))
+    print(f'Batches of {n} pictures.')
+    new = copy.copy(old)
+    new.loaders = [dl.new(bs=min(k * n, dl.n)) for k, dl in zip((1, 2), old.loaders)]
+    return new
 
 
 def _size_of(dls):
