@@ -16,20 +16,21 @@ from results import Results, arguments
 import ftlib
 
 
-def ftlib_learner(folder, weights, seed, size, bs):
+def ftlib_learner(folder, weights, seed, size, bs, arch="resnet18"):
     dls = ftlib.image_data(folder, size=size, bs=bs, seed=seed)
-    return ftlib.vision_learner(dls, "resnet18", weights=weights, metrics=fv.accuracy, seed=seed)
+    return ftlib.vision_learner(dls, arch, weights=weights, metrics=fv.accuracy, seed=seed)
 
 
-def fastai_learner(folder, weights, seed, size, bs):
+def fastai_learner(folder, weights, seed, size, bs, arch="resnet18"):
     fv.set_seed(seed)
     dls = fv.ImageDataLoaders.from_folder(
         folder, train="train", valid="valid", bs=bs, num_workers=2, item_tfms=fv.RandomResizedCrop(size, min_scale=.35),
         batch_tfms=[*fv.aug_transforms(), fv.Normalize.from_stats(*fv.imagenet_stats)])
-    learn = fv.vision_learner(dls, fv.resnet18, pretrained=False, metrics=fv.accuracy)
-    net = fv.resnet18()
-    net.load_state_dict(torch.load(weights, weights_only=True))
-    learn.model[0].load_state_dict(fv.create_body(net, pretrained=False).state_dict())
+    learn = fv.vision_learner(dls, getattr(fv.models, arch, arch), pretrained=False, metrics=fv.accuracy)
+    if weights is not None:
+        net = getattr(fv.models, arch)()
+        net.load_state_dict(torch.load(weights, weights_only=True))
+        learn.model[0].load_state_dict(fv.create_body(net, pretrained=False).state_dict())
     learn.freeze()
     return learn
 

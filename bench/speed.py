@@ -44,7 +44,9 @@ def silent(learn):
 
 def both(args):
     "fastai's learner and ours, both in channels-last"
-    made = [make(args.data / args.sets[0], args.weights, 0, args.size, args.bs) for make in (fastai_learner, ftlib_learner)]
+    weights = args.weights if args.arch == "resnet18" else None  # speed does not ask what they are
+    made = [make(args.data / args.sets[0], weights, 0, args.size, args.bs, args.arch) for make in (fastai_learner, ftlib_learner)]
+    if weights is None: made[1].freeze()
     for learn in made: learn.model.to(memory_format=torch.channels_last)
     return made
 
@@ -75,6 +77,26 @@ def unfrozen_steps(args):
     for learn in (theirs, ours): learn.unfreeze()
     ours.dls.train.decoded.ready()
     return partial(steps, theirs, args.n), partial(steps, ours, args.n)
+
+
+@row("the same steps of the last stage and the head, the stages before them run anew", "")
+def last_stage(args):
+    made = [both(args)[1] for _ in range(2)]
+    made[0].cache = False
+    for learn in made:
+        learn.freeze_to(-2)
+        learn.dls.train.decoded.ready()
+    return tuple(partial(steps, learn, args.n) for learn in made)
+
+
+@row("the same steps, not compiled", "")
+def compiled(args):
+    plain, ours = (both(args)[1] for _ in range(2))
+    for learn in (plain, ours):
+        learn.unfreeze()
+        learn.dls.train.decoded.ready()
+    ours.model.compile()
+    return partial(steps, plain, args.n), partial(steps, ours, args.n)
 
 
 @row("a loop by hand on the same loader, same settings", "≥ .95")
@@ -204,6 +226,7 @@ def timed(call):
 def main():
     parser = arguments(__doc__, "speed.csv", ["flowers5"], [0], size=224, bs=32)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--arch", default="resnet18", help="a torchvision or timm classifier")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--n", type=int, default=8, help="batches in a round")
     args = parser.parse_args()
@@ -215,7 +238,7 @@ def main():
         for call in pair: call()
         seconds = [[timed(call) for call in pair] for _ in range(args.rounds)]
         theirs, ours = (median(o) for o in zip(*seconds))
-        found.append(dict(row=name, against=against, theirs=theirs, ours=ours, ratio=theirs / ours, reach=reach,
+        found.append(dict(row=name, arch=args.arch, against=against, theirs=theirs, ours=ours, ratio=theirs / ours, reach=reach,
                           threads=torch.get_num_threads()))
         print(f"{name:20} {theirs:8.3f} s  {ours:8.3f} s  × {theirs / ours:6.2f}  ({reach}; against {against})", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
