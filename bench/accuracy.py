@@ -76,6 +76,11 @@ def one(way, folder, weights, seed, size, bs):
     return dict(frozen=frozen, unfrozen=unfrozen, lr_head=rates[0], lr_all=rates[1], seconds=time.perf_counter() - start)
 
 
+def summary(table):
+    "Mean, least and most over the seeds"
+    return table.groupby(["set", "way"], sort=False)[["frozen", "unfrozen", "seconds"]].agg(["mean", "min", "max"])
+
+
 def main():
     parser = arguments(__doc__, "accuracy.csv", ["pets3", "food3", "ants_bees", "cars20"], [0, 1, 2], size=96, bs=16)
     parser.add_argument("--ways", nargs="+", default=["ftlib", "fastai"], choices=WAYS)
@@ -84,8 +89,7 @@ def main():
     for name, seed, way in product(args.sets, args.seeds, args.ways):
         if results.has(name, seed, way): continue
         results.add(set=name, seed=seed, way=way, **one(way, args.data / name, args.weights, seed, args.size, args.bs))
-    table = results.table.groupby(["set", "way"], sort=False)[["frozen", "unfrozen", "seconds"]].agg(["mean", "min", "max"])
-    print(table.round(3).to_string())
+    print(summary(results.table).round(3).to_string())
 
 
 if __name__ == "__main__": main()

@@ -78,6 +78,11 @@ def spread(rates):
     return f"{told.max() / told.min():,.1f}" + (f" ({len(rates) - len(told)} none)" if len(told) < len(rates) else "")
 
 
+def summary(table):
+    "Largest over smallest suggestion of each kind, over the seeds"
+    return table.groupby(["set", "state"], sort=False)[OURS + FASTAI].agg(spread)
+
+
 def main():
     args = arguments(__doc__, "lr_finder.csv", ["food3", "ants_bees"], [0, 1, 2, 3, 4], bs=16).parse_args()
     results, curves = Results(args.out, "set", "seed", "state"), args.out.parent / "curves"
@@ -91,7 +96,7 @@ def main():
             curve.to_csv(curves / f"{name}_{state}_{seed}.csv", index=False)
             results.add(set=name, seed=seed, state=state, **read(curve), **seconds, **by_fastai(learn, args.out.parent))
     print("largest / smallest suggestion over the seeds")
-    print(results.table.groupby(["set", "state"], sort=False)[OURS + FASTAI].agg(spread).to_string())
+    print(summary(results.table).to_string())
 
 
 if __name__ == "__main__": main()

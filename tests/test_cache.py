@@ -311,6 +311,18 @@ def test_killed_while_pictures_are_written(large, tmp_path):
     assert DecodedPictures(side=20, folder=tmp_path / "kept").get(large / "a" / "99.png")[0, 0].tolist() == [99, 0, 0]
 
 
+def test_an_interrupted_decoding_is_tried_again(large, tmp_path, monkeypatch):
+    paths = sorted(large.rglob("*.png"))
+    kept = DecodedPictures(paths, 20, folder=tmp_path / "kept")
+    def stop(self, source): raise KeyboardInterrupt
+    monkeypatch.setattr(DecodedPictures, "_pixels", stop)
+    with pytest.raises(KeyboardInterrupt): kept.ready()
+    monkeypatch.undo()
+    assert not list((tmp_path / "kept").iterdir())
+    kept.ready()
+    assert all(kept.get(p) is not None for p in paths)
+
+
 def test_two_processes_decode_the_same(large, tmp_path):
     both = [decoder(large, tmp_path / "kept", .01) for _ in range(2)]
     assert [p.communicate()[0].splitlines()[-1] for p in both] == ["done"] * 2

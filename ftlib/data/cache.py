@@ -150,13 +150,15 @@ class DecodedPictures:
 
     @property
     def folder(self): return Path(self._folder or cache_folder() / "pictures")
+    @property
+    def _made(self): return f"{self.side}v1"  # another number when `shrunk` makes other bytes of a picture
 
     @property
     def at(self):
         "Where each picture is, by name: file, first byte, height, width"
         if self._at is None:
             self._at = {}
-            for listed in sorted(self.folder.glob(f"{self.side}-*.json")): self._read(listed)
+            for listed in sorted(self.folder.glob(f"{self._made}-*.json")): self._read(listed)
         return self._at
 
     def _read(self, listed):
@@ -178,8 +180,10 @@ class DecodedPictures:
 
     def ready(self):
         "Decodes what is not kept yet. Where there is no room, one line says so, and pictures are decoded each time."
-        if self.complete: return
-        self.complete = True
+        if not self.complete: self._decode_missing()
+        self.complete = True  # not where it was interrupted
+
+    def _decode_missing(self):
         named = {}
         for s in self.sources:
             try: named[picture_name(s)] = s
@@ -195,7 +199,7 @@ class DecodedPictures:
     def _fill(self, todo):
         "Decodes pictures in threads and writes them one after another"
         self.folder.mkdir(parents=True, exist_ok=True)
-        data, rows, end = self.folder / f"{self.side}-{digest(*todo)}.bin", {}, 0
+        data, rows, end = self.folder / f"{self._made}-{digest(*todo)}.bin", {}, 0
         items = iter(todo.items())
         with written(data) as f, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             while some := dict(islice(items, 64)):  # a few at a time, so that memory does not fill
