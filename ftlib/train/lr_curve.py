@@ -83,8 +83,10 @@ class LRCurve:
 
     @cached_property
     def descends(self) -> bool:
-        "Is there a descent that is neither noise nor negligible?"
-        return self.bottom > 1 and self.depth > max(self.beyond_noise * self.noise, self._worth)
+        "Is there a descent that is neither noise nor negligible, nor the dip right before the rise?"
+        if self.bottom <= 1 or self.depth <= max(self.beyond_noise * self.noise, self._worth): return False
+        climbs = self._climbs(self.share)
+        return climbs is None or climbs >= 10 * self._middle()
 
     @property
     def _worth(self):
@@ -93,15 +95,21 @@ class LRCurve:
 
     @cached_property
     def rise(self) -> float | None:
-        "The largest rate before the loss climbs above its start by a tenth of the loss (plus noise), or None"
-        above = self.fall > self._worth + self.beyond_noise * self.noise
-        above[:self.bottom if self.descends else 0] = False
-        return self._crossing(above)
+        "The largest rate before the loss climbs above its start by half of the loss (plus noise), or None"
+        return self._climbs(.5)
+
+    def _climbs(self, share):
+        "The largest rate before the loss climbs above its start by this share of it, or None"
+        above = self.fall > share / self.share * self._worth + self.beyond_noise * self.noise
+        above[:self.bottom] = False
+        return float(10 ** self.x[max(int(above.argmax()) - 1, 0)]) if above.any() else None
 
     @cached_property
     def middle(self) -> float | None:
         "Middle of the bottom: centre of gravity of the rates around the lowest loss that keep half of the descent; None without one"
-        if not self.descends: return None
+        return self._middle() if self.descends else None
+
+    def _middle(self):
         kept = np.clip(-self.fall / self.depth - .5, 0, None)
         ends = np.flatnonzero(kept == 0)
         kept[:max(ends[ends < self.bottom], default=0)] = 0
@@ -116,10 +124,6 @@ class LRCurve:
         i = int(np.flatnonzero(above[:self.bottom + 1])[-1]) if above[:self.bottom + 1].any() else 0
         a, b = self.fall[i], self.fall[i + 1]
         return float(10 ** (self.x[i] + (self.x[i + 1] - self.x[i]) * np.clip((a + .5 * self.depth) / (a - b + 1e-12), 0, 1)))
-
-    def _crossing(self, above):
-        "The rate just before the first True, or None"
-        return float(10 ** self.x[max(int(above.argmax()) - 1, 0)]) if above.any() else None
 
     @property
     def lr_min(self) -> float:
