@@ -34,6 +34,7 @@ class _MeanLoss(fastai.learner.AvgLoss):
 
 class Recorder(fastai.learner.Recorder):
     "fastai's `Recorder`, which waits for the device once an epoch, not at each step."
+    _stateattrs = *fastai.learner.Recorder._stateattrs, '_brought', '_lying'
     def __init__(self, add_time=True, train_metrics=False, valid_metrics=True, beta=0.98):
         super().__init__(add_time, train_metrics, valid_metrics, beta)
         self.loss, self.smooth_loss = _MeanLoss(), _SmoothLoss(beta=beta)

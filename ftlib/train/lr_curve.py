@@ -85,7 +85,7 @@ class LRCurve:
     def descends(self) -> bool:
         "Is there a descent that is neither noise nor negligible, nor the dip right before the rise?"
         if self.bottom <= 1 or self.depth <= max(self.beyond_noise * self.noise, self._worth): return False
-        climbs = self._climbs(self.share)
+        climbs = self._climbs(self.share, self.bottom)
         return climbs is None or climbs >= 10 * self._middle()
 
     @property
@@ -96,12 +96,12 @@ class LRCurve:
     @cached_property
     def rise(self) -> float | None:
         "The largest rate before the loss climbs above its start by half of the loss (plus noise), or None"
-        return self._climbs(.5)
+        return self._climbs(.5, self.bottom if self.depth > self._worth else 0)
 
-    def _climbs(self, share):
-        "The largest rate before the loss climbs above its start by this share of it, or None"
+    def _climbs(self, share, first):
+        "The largest rate, from the point `first` on, before the loss climbs above its start by this share of it, or None"
         above = self.fall > share / self.share * self._worth + self.beyond_noise * self.noise
-        above[:self.bottom] = False
+        above[:first] = False
         return float(10 ** self.x[max(int(above.argmax()) - 1, 0)]) if above.any() else None
 
     @cached_property
