@@ -31,7 +31,7 @@ _ROOMS = {
     "train.frozen": "MixFeatures",
     "train.groups": "TrainError",
     "train.learner": "Learner",
-    "train.stopping": "EarlyStopping",
+    "train.stopping": "EarlyStopping StopOnNaN",
     "train.vision": "vision_learner",
     "recipe": "fine_tune_run Run RunError RunFailed per_class plot_per_class",
 }
