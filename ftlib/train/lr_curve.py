@@ -95,8 +95,11 @@ class LRCurve:
 
     @cached_property
     def rise(self) -> float | None:
-        "The largest rate before the loss climbs above its start by half of the loss (plus noise), or None"
-        return self._climbs(.5, self.bottom if self.depth > self._worth else 0)
+        "The largest rate before the loss climbs well above its start, by two fifths of it (plus noise), or None"
+        first = self.bottom if self.depth > self._worth else 0
+        begins, well = self._climbs(self.share, first), self._climbs(.4, first)
+        # a loss near chance has little room to climb: where it falls back first, not much beyond where it began to
+        return begins if well is None else min(well, 10 * begins)
 
     def _climbs(self, share, first):
         "The largest rate, from the point `first` on, before the loss climbs above its start by this share of it, or None"
