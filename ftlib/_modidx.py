@@ -617,8 +617,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ftlib/train/precision.py'),
                                        'ftlib.train.precision.choose': ('train.precision.html#choose', 'ftlib/train/precision.py'),
                                        'ftlib.train.precision.fastest': ('train.precision.html#fastest', 'ftlib/train/precision.py'),
-                                       'ftlib.train.precision.for_computing': ( 'train.precision.html#for_computing',
-                                                                                'ftlib/train/precision.py'),
                                        'ftlib.train.precision.machine': ('train.precision.html#machine', 'ftlib/train/precision.py'),
                                        'ftlib.train.precision.measure': ('train.precision.html#measure', 'ftlib/train/precision.py')},
             'ftlib.train.progress': { 'ftlib.train.progress.Progress': ('train.progress.html#progress', 'ftlib/train/progress.py'),

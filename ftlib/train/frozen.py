@@ -26,9 +26,10 @@ from torch import nn
 
 from ..data.cache import IdentityError, digest, picture_name
 from ..data.loader import LabelOf, PictureDL, seeded
+from ..models.folded import folded
 from ..models.network import Network
 from .identity import described, weights_name
-from .precision import for_computing
+from .precision import as_arithmetic, fastest
 from .progress import shows_bars
 from .store import Features, FeatureStore
 
@@ -180,7 +181,9 @@ def _fill(frozen, batches, names, found, precision, store):
     def plain(batch): return batch[0].as_subclass(torch.Tensor)
     batches = iter(batches)
     x, at = plain(next(batches)), 0
-    fast, way = for_computing(frozen, x, precision)
+    fast = folded(frozen, x[:2])
+    way = fastest(fast, x[:8], None, lambda out, y: out.square().mean()) if precision == 'auto' else as_arithmetic(precision)
+    way.place(fast)
     with way.autocast(x.device):
         out = fast(way.laid_out(x))
         with store.block(found, names, out.shape[1:]) as block:

@@ -12,8 +12,9 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import to_float
 
+from ..models.folded import folded
 from .groups import Grouped, TrainError
-from .precision import Arithmetic, fastest, for_computing
+from .precision import Arithmetic, fastest
 from .transaction import kept_random, kept_weights
 
 # %% ../../nbs/33_train.step.ipynb #f313736b
@@ -123,7 +124,8 @@ class Stepping(Grouped):
         self.folds, x = False, self.xb[0]
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         if hooked or len(self.xb) > 1 or x.ndim != 4 or self.n_iter * len(x) < 256 or hasattr(self, 'mixed_precision'): return
-        self._folded, self.arithmetic = for_computing(self.model, x.as_subclass(torch.Tensor), self.precision)
+        self._folded = folded(self.model, x[:2].as_subclass(torch.Tensor))
+        if self.arithmetic is not None: self.arithmetic.place(self._folded)
 
     def _in_parts(self, n):
         "`most` pictures at a time; gradients add up to those of the whole batch"
