@@ -211,6 +211,25 @@ def test_the_stop_button_during_mixup(cls, tmp_path):
 
 
 @BOTH
+def test_what_a_callback_raises_is_what_arrives(cls, tmp_path):
+    class Fussy(Callback):
+        def before_batch(self): raise ValueError
+    with pytest.raises(ValueError if cls is Learner else IndexError): quietly(learner(cls, tmp_path), "fit", 1, 1e-3, cbs=Fussy())
+
+
+@BOTH
+def test_a_callback_that_rests_comes_back_with_the_next_fit(cls, tmp_path):
+    class Once(Callback):
+        run_valid, seen = False, 0
+        def after_batch(self): self.seen, self.run = self.seen + 1, False
+    once = Once()
+    learn = learner(cls, tmp_path, cbs=once)
+    for fits in (1, 2):
+        quietly(learn, "fit", 1, 1e-3)
+        assert once.seen == fits
+
+
+@BOTH
 def test_torchs_cross_entropy(cls, tmp_path):
     learn = learner(cls, tmp_path, loss_func=nn.CrossEntropyLoss(label_smoothing=.1))
     if cls is Learner: quietly(learn, "fit", 1, 1e-2, cbs=MixUp())

@@ -20,7 +20,7 @@ from .frozen import on_features
 from .groups import TrainError
 from .history import EpochLog
 from .schedule import (
-    Cosine, FlatCosine, Momentum, OneCycle, RateError, ReduceLROnPlateau, as_schedule, group_lrs)
+    Cosine, FlatCosine, Momentum, OneCycle, ReduceLROnPlateau, as_schedule, group_lrs)
 from .step import Stepping
 from .transaction import snapshot, whole
 
@@ -128,11 +128,9 @@ class Fits(Stepping):
         moms = [h.get('mom') for h in self.opt.hypers]
         restore = snapshot(*(o for o in whole(self) if not isinstance(o, (Recorder, EpochLog))))
         try: yield
-        except BaseException as e:
+        except BaseException:
             restore()
             for p in self.model.parameters(): p.grad = None
-            # fastai puts the name of the callback before what it says
-            if isinstance(e, (TrainError, RateError)): e.args = (str(e).rpartition('`:\n\t')[2],)
             raise
         finally:
             if moms[0] is not None: self.opt.set_hyper('mom', moms)

@@ -13,15 +13,21 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import find_bs, to_detach
+from fastai.torch_core import find_bs
 
 # %% ../../nbs/23_train.history.ipynb #6967b728
+def _of_batch(learn):
+    "The loss of the batch, on its own device: reading it here would wait for the device at every step"
+    loss = learn.loss.detach()
+    return loss.mean() if loss.ndim else loss
+
+
 class _SmoothLoss(fastai.learner.AvgSmoothLoss):
     "fastai's, on the loss's own device"
     def reset(self): self.count, self.val = 0, torch.zeros(())
     def accumulate(self, learn):
         self.count += 1
-        loss = to_detach(learn.loss.mean(), cpu=False)
+        loss = _of_batch(learn)
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
 
@@ -29,7 +35,7 @@ class _MeanLoss(fastai.learner.AvgLoss):
     "fastai's, on the loss's own device"
     def accumulate(self, learn):
         bs = find_bs(learn.yb)
-        self.total, self.count = self.total + to_detach(learn.loss.mean(), cpu=False) * bs, self.count + bs
+        self.total, self.count = self.total + _of_batch(learn) * bs, self.count + bs
 
 
 class Recorder(fastai.learner.Recorder):
@@ -75,9 +81,7 @@ class EpochLog(Callback):
 
     def after_batch(self):
         if not self.learn.training: return
-        # kept as a tensor: reading it here would wait for the device at every step
-        loss = self.learn.loss.detach()
-        self.losses.append(loss.mean() if loss.ndim else loss)
+        self.losses.append(_of_batch(self.learn))
         self.lrs.append(self.learn.recorder.lrs[-1])
 
     def after_epoch(self):

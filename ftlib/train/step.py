@@ -6,8 +6,10 @@
 __all__ = ['is_out_of_memory', 'largest_batch', 'Stepping']
 
 # %% ../../nbs/33_train.step.ipynb #3b2006a2
+from functools import partial
+
 import torch
-from fastai.callback.core import Callback, CancelBackwardException, CancelStepException, event
+from fastai.callback.core import Callback, CancelBackwardException, CancelStepException, _inner_loop, event
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import to_float
@@ -52,29 +54,36 @@ def largest_batch(
 def _repeated(t, n): return t[torch.arange(n, device=t.device) % len(t)].as_subclass(torch.Tensor)
 
 
-def _listens(cb, event_name):
-    "Has the callback something to do then?"
-    return hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == 'after_fit' or type(cb).__call__ is not Callback.__call__
+def _act(cb, event_name):
+    "What the callback does then: its method; the callback itself where it is called in a way of its own; None where it does nothing"
+    if type(cb).__call__ is not Callback.__call__: return partial(cb, event_name)
+    if hasattr(type(cb), event_name) or event_name in vars(cb): return getattr(cb, event_name)
 
 
 class Stepping(Grouped):
     "`Grouped` with a step that chooses its arithmetic, and takes a batch in parts of `most` pictures once memory has run out."
     precision, arithmetic, most = 'auto', None, None  # see `Learner`
+    _device = None  # where the network was at the first batch of a pass
     folds, _folded = False, None  # whether a pass is to fold norms; the copy that then stands in for the network
 
     def __call__(self, event_name):
         for name in [event_name] if isinstance(event_name, str) else event_name: self._call_one(name)
 
     def _call_one(self, event_name):
-        "As fastai's, but only callbacks that have the event are called: for others it would search the learner and the model for one"
-        for cb in self._listening(event_name): cb(event_name)
+        "As fastai's, but it is looked up once a fit what callbacks do, and what they raise is not dressed up"
+        inner = event_name in _inner_loop
+        for cb, act in self._listening(event_name):
+            if cb.run and (not inner or (cb.run_train if self.training else cb.run_valid)): act()
+        if event_name == 'after_fit':
+            for cb in self.cbs: cb.run = True
 
     def _listening(self, event_name):
-        "The callbacks that have the event, in order"
+        "The callbacks that do something then, in order, and what"
         if not hasattr(event, event_name): raise TrainError(f'there is no event {event_name!r}.')
         if event_name == 'before_fit' or '_listeners' not in vars(self): self._listeners = {}
         if event_name not in self._listeners:
-            self._listeners[event_name] = [cb for cb in sorted(self.cbs, key=lambda cb: cb.order) if _listens(cb, event_name)]
+            acts = [(cb, _act(cb, event_name)) for cb in sorted(self.cbs, key=lambda cb: cb.order)]
+            self._listeners[event_name] = [(cb, act) for cb, act in acts if act is not None]
         return self._listeners[event_name]
 
     def add_cb(self, cb):
@@ -87,9 +96,8 @@ class Stepping(Grouped):
 
     def _set_device(self, b):
         "As fastai's; a batch that is there already is left as it is"
-        device = getattr(self.dls, 'device', None)
-        there = device is not None and all(isinstance(o, torch.Tensor) and o.device == device for o in b)
-        return b if there and next(self.model.parameters()).device == device else super()._set_device(b)
+        if self.iter == 0: self._device = next(self.model.parameters()).device
+        return b if all(isinstance(o, torch.Tensor) and o.device == self._device for o in b) else super()._set_device(b)
 
     def _do_one_batch(self):
         "As fastai's, in the arithmetic that was chosen, and in parts where it must"
