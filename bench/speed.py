@@ -1,14 +1,16 @@
 """How long things take beside plain fastai and beside PyTorch by hand: the same work in turn in one process, medians.
 
 Every row is a pair of callables over the same pictures, network, size and batches; a round runs each once, and the ratio of
-the medians is what counts. `--rows` picks some. Kept pictures and features go to a temporary folder.
+the medians is what counts. `--rows` picks some; those against Lightning want it installed (`ftlib[bench]`). Kept pictures and features go to a temporary folder.
 """
 
 import copy
+import io
+import logging
 import os
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from statistics import median
 
@@ -118,6 +120,53 @@ def unfrozen_by_hand(args):
     return loop, partial(steps, ours, args.n)
 
 
+class Plain:
+    "A loader's batches as plain tensors"
+    def __init__(self, dl): self.dl = dl
+    def __iter__(self): return (tuple(o.as_subclass(torch.Tensor) for o in b) for b in self.dl)
+    def __len__(self): return len(self.dl)
+
+
+def lightning_module(net):
+    "The network as Lightning takes one, and a function that makes a quiet trainer"
+    import lightning
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.lr = net, 1e-5
+        def training_step(self, batch, i): return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        def configure_optimizers(self): return torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=self.lr, fused=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Module(), partial(lightning.Trainer, accelerator="cpu", **quiet)
+
+
+def steps_by_lightning(net, data, n):
+    module, trainer = lightning_module(net)
+    return lambda: trainer(max_epochs=1, limit_train_batches=n).fit(module, data)
+
+
+@row("Lightning's Trainer on the same loader, in single precision", "")
+def unfrozen_lightning(args):
+    ours = both(args)[1]
+    ours.unfreeze()
+    ours.dls.train.decoded.ready()
+    return steps_by_lightning(copy.deepcopy(ours.model), Plain(ours.dls.train), args.n), partial(steps, ours, args.n)
+
+
+@row("Lightning's Tuner.lr_find on the same frozen network and loader, ours with features kept", "")
+def lr_find_lightning(args):
+    from lightning.pytorch.tuner import Tuner
+    ours = both(args)[1]
+    ours.dls.train.decoded.ready()
+    sweep(ours)
+    module, trainer = lightning_module(copy.deepcopy(ours.model))
+    def theirs():
+        with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+            Tuner(trainer(max_epochs=-1, default_root_dir=folder)).lr_find(module, Plain(ours.dls.train), num_training=100)
+    return theirs, partial(sweep, ours)
+
+
 def sweep(learn):
     with silent(learn): learn.lr_find(show_plot=False)
 
@@ -208,6 +257,13 @@ def tiny_steps(args):
             opt.step()
             opt.zero_grad()
     return loop, partial(steps, learn, 200)
+
+
+@row("Lightning's steps on a tiny network: 200 of them", "")
+def tiny_steps_lightning(args):
+    data = Ready(200)
+    learn = ftlib.Learner(fv.DataLoaders(data, Ready(1)), tiny(), loss_func=fv.CrossEntropyLossFlat())
+    return steps_by_lightning(tiny(), data, 200), partial(steps, learn, 200)
 
 
 @row("fastai's steps on a tiny network: 200 of them", "")
