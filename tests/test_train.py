@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from ftlib.models.network import Body, Network, Normalize
 from ftlib.train.learner import Learner
 from ftlib.train.lr_curve import LRCurve
+from ftlib.train.optimizer import TorchOptimizer
+from ftlib.train.precision import Arithmetic
 
 BOTH = pytest.mark.parametrize("cls", [FastaiLearner, Learner])
 
@@ -308,6 +310,19 @@ def test_an_optimizer_without_momentum(cls, tmp_path):
     if cls is Learner: quietly(learn, "fit_one_cycle", 1, 1e-2)
     else:
         with pytest.raises(KeyError): quietly(learn, "fit_one_cycle", 1, 1e-2)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_momenta_follow_weights_that_lie_in_another_way(follows, tmp_path, monkeypatch):
+    if not follows: monkeypatch.setattr(TorchOptimizer, "follow_layout", lambda self: None)
+    learns = [learner(Learner, tmp_path, precision="fp32") for _ in range(2)]
+    for learn, layout in zip(learns, (torch.channels_last, torch.contiguous_format)):
+        set_seed(1)
+        quietly(learn, "fit", 1, 1e-3)
+        learn.model.to(memory_format=layout)
+        learn.arithmetic = Arithmetic("fp32", layout is torch.channels_last)
+        quietly(learn, "fit", 1, 1e-3)
+    assert torch.allclose(*map(weights, learns), atol=1e-4) == follows
 
 
 @BOTH

@@ -16,6 +16,7 @@ from fastai.torch_core import to_float
 
 from ..models.folded import folded
 from .groups import Grouped, TrainError
+from .optimizer import TorchOptimizer
 from .precision import Arithmetic, fastest
 from .transaction import kept_random, kept_weights
 
@@ -102,6 +103,7 @@ class Stepping(Grouped):
     def _do_one_batch(self):
         "As fastai's, in the arithmetic that was chosen, and in parts where it must"
         if self.arithmetic is None and self.training and len(self.yb): self.arithmetic = self._fastest()
+        if self.iter == 0 and self.training and isinstance(self.opt, TorchOptimizer): self.opt.follow_layout()
         if self.folds and not self.training: self._fold()
         n = len(self.xb[0])
         while True:
