@@ -59,7 +59,7 @@ class TorchOptimizer(OptimWrapper):
                 if torch.is_tensor(v) and v.shape == p.shape and v.stride() != p.stride(): state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
     def load_state_dict(self, state):
-        super().load_state_dict(state)
+        self.opt.load_state_dict(state)
         self.follow_layout()
 
 

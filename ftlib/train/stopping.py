@@ -16,21 +16,12 @@ from fastai.imports import noop
 
 from .groups import TrainError
 from .metrics import higher_is_better
-from .transaction import optimizer_snapshot, weights_snapshot
+from .transaction import put_trained, trained_state
 
 # %% ../../nbs/37_train.stopping.ipynb #ef2845a0
 def _say(learn, line):
     "A line, where epochs are shown too"
     if learn.logger is not noop: print(line)
-
-
-def _kept(learn):
-    "Puts weights and optimizer back to what they are now"
-    weights, optimizer = weights_snapshot(learn.model), optimizer_snapshot(learn.opt)
-    def restore():
-        weights()
-        optimizer()
-    return restore
 
 
 class Follower(Callback):
@@ -110,7 +101,7 @@ class EarlyStopping(Follower):
         epoch = self.learn.epoch
         self.now = self.learn.epoch_log.rows[-1]['phase'], epoch
         if better:
-            self.waited, self.kept = 0, _kept(self.learn)
+            self.waited, self.kept = 0, trained_state(self.learn)
             self.kept_lrs = [h['lr'] for h in self.learn.opt.hypers]
         elif self.cooling is None and not self._comes_down(): self.waited += 1
         if self.cooling is not None:
@@ -125,7 +116,7 @@ class EarlyStopping(Follower):
             _say(self.learn, f'{said}; this fit ends here.')
             raise CancelFitException
         _say(self.learn, f'{said}; {last - epoch} more from there, with a rate that comes down.')
-        self.kept()
+        put_trained(self.learn, self.kept)
         self.cooling = epoch + 1, last
 
     def _cooled(self):
@@ -145,7 +136,7 @@ class EarlyStopping(Follower):
 
     def after_fit(self):
         if not self.run or self.kept is None or self.now in (None, self.best_at) or not self.restore_best: return
-        self.kept()
+        put_trained(self.learn, self.kept)
         _say(self.learn, f'The weights of epoch {self.best_at[1]} are back, phase {self.best_at[0]}: {self.monitor} {self.best:.4g}.')
 
 # %% ../../nbs/37_train.stopping.ipynb #cb0b5e80
@@ -169,7 +160,7 @@ class StopOnNaN(Callback):
         self.scheduled = any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.learn.cbs)
 
     def before_train(self):
-        if self.good is None: self.good, self.given = _kept(self.learn), [h['lr'] for h in self.learn.opt.hypers]
+        if self.good is None: self.good, self.given = trained_state(self.learn), [h['lr'] for h in self.learn.opt.hypers]
 
     def before_batch(self):
         if self.share == 1.: return
@@ -183,13 +174,13 @@ class StopOnNaN(Callback):
 
     def after_train(self):
         finite = all(torch.isfinite(p).all() for p in self.learn.model.parameters())
-        if not self._look(or_else=not finite): self.good = _kept(self.learn)
+        if not self._look(or_else=not finite): self.good = trained_state(self.learn)
 
     def _look(self, or_else=False):
         "Goes back if any loss since the last look was none"
         lost, self.lost = or_else or (self.lost is not None and bool(self.lost)), None
         if not lost: return False
-        self.good()
+        put_trained(self.learn, self.good)
         self.learn.recorder.smooth_loss.reset()  # one NaN would stay in it
         self.happened += 1
         if self.happened > self.times:
