@@ -10,8 +10,8 @@ from fastai.metrics import mse
 from fastai.torch_core import set_seed
 from torch import nn
 
-from ftlib.train.groups import TrainError
 from ftlib.train.learner import Learner
+from ftlib.train.metrics import MetricError
 from ftlib.train.stopping import EarlyStopping
 
 WAYS = {"fastai": (FastaiLearner, EarlyStoppingCallback), "ftlib": (Learner, EarlyStopping)}
@@ -68,7 +68,7 @@ def test_the_direction_is_not_guessed_from_the_name(way):
 
 @BOTH
 def test_a_mistyped_monitor_says_what_there_is(way):
-    with pytest.raises((TrainError, IndexError, AssertionError)) as raised: fitted(way, monitor="valid_los")
+    with pytest.raises((MetricError, IndexError, AssertionError)) as raised: fitted(way, monitor="valid_los")
     assert ("valid_loss" in str(raised.value)) == (way == "ftlib")
 
 

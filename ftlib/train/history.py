@@ -10,6 +10,7 @@ import time
 
 import fastai.learner
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
@@ -95,6 +96,16 @@ class EpochLog(Callback):
         self.filled = 0., 0
         self.step_rows += [{**at, 'loss': l, 'lr': lr} for l, lr in zip(torch.stack(self.losses).tolist(), self.lrs)]
         self.trained, self.losses = False, []
+
+    def state_dict(self):
+        "All of it, steps as columns"
+        steps = {k: np.array([r[k] for r in self.step_rows]) for k in (self.step_rows[0] if self.step_rows else ())}
+        return {k: v for k, v in vars(self).items() if k not in ('learn', 'step_rows')} | dict(steps=steps)
+
+    def load_state_dict(self, state):
+        steps = state['steps']
+        vars(self).update({k: v for k, v in state.items() if k != 'steps'})
+        self.step_rows = [dict(zip(steps, row)) for row in zip(*(v.tolist() for v in steps.values()))]
 
     def table(self) -> pd.DataFrame:
         "One row an epoch, over all phases."
