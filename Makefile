@@ -11,7 +11,7 @@ QUIET  := OMP_NUM_THREADS=1 IN_TEST=1 FTLIB_CACHE=$(abspath $(VENV))/cache
 # Warnings of libraries to their developers, kept out of saved outputs.
 QUIET  += PYTHONWARNINGS='ignore:IProgress not found,ignore:`torch.jit,ignore::DeprecationWarning'
 
-.PHONY: help setup test gate notebooks outputs pytest docs demo slow bench clean
+.PHONY: help setup test gate notebooks outputs pytest docs demo slow faults bench clean
 
 help:
 	@echo "make demo   train on solar cells (or digits), print the table, write the plots: at most five minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make outputs NB=nbs/20_train.schedule.ipynb   run a notebook, keep its outputs, write its module"
 	@echo "make slow   the long tests and the slow cells of notebooks"
 	@echo "make docs   the site, in docs/_build/html"
+	@echo "make faults trainings killed 200 times at random moments; each must end on the same weights"
 	@echo "make bench  what importing ftlib costs beside fastai"
 	@echo "make clean  remove what the others made, the environment too"
 
@@ -63,6 +64,9 @@ demo: $(READY)
 slow: $(READY)
 	$(QUIET) $(BIN)/python -m pytest -q -m slow tests
 	$(BIN)/nbdev-test --flags slow --n-workers 1 --timing
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/faults.py --kills $(or $(KILLS),200)
 
 bench: $(READY)
 	$(BIN)/python bench/import_time.py

@@ -40,16 +40,19 @@ class Dies(Callback):
         if self.learn.training and (self.learn.epoch, self.learn.iter) == self.moment: raise Killed
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    "Four classes of 14 pictures that tell themselves apart by their colour, more or less"
-    root, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(0)
+def pictures(root):
+    "A folder of four classes of 14 pictures that tell themselves apart by their colour, more or less"
+    rng = np.random.default_rng(0)
     for c in range(4):
-        (root / f"c{c}").mkdir()
+        (root / f"c{c}").mkdir(parents=True)
         for i in range(14):
             pixels = rng.normal(100 + 20 * c, 40, (20, 24, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / f"c{c}" / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return pictures(tmp_path_factory.mktemp("set"))
 
 
 def network():
