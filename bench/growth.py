@@ -51,9 +51,8 @@ def one(args, pictures, classes, epochs):
                 before_mb=start / 1e3, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, threads=torch.get_num_threads())
 
 
-def drawn(table, path):
+def figure(table):
     "Seconds and memory by pictures, classes, epochs"
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharey="row")
     for column, name in zip(axs.T, USUAL):
@@ -65,7 +64,7 @@ def drawn(table, path):
         column[0].set(xscale="log", yscale="log", ylabel="seconds")
         column[1].set(xscale="log", xlabel=name, ylabel="MB", ylim=(0, None))
     for ax in axs[:, 0]: ax.legend()
-    fig.savefig(path, dpi=120)
+    return fig
 
 
 def main():
@@ -80,7 +79,8 @@ def main():
         ran = subprocess.run([sys.executable, "-W", "ignore", *sys.argv, "--one", json.dumps(point)], capture_output=True, text=True)
         if ran.returncode: raise SystemExit(f"{point}: {ran.stderr[-2000:]}")
         results.add(**point, **json.loads(ran.stdout.splitlines()[-1]))
-    drawn(results.table, args.out.with_suffix(".png"))
+    matplotlib.use("Agg")
+    figure(results.table).savefig(args.out.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__": main()

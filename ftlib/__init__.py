@@ -33,6 +33,7 @@ _ROOMS = {
     "train.checkpoint": "Checkpoint CheckpointError checkpoints load_checkpoint",
     "train.learner": "Learner",
     "train.stopping": "EarlyStopping StopOnNaN",
+    "train.average": "EMA",
     "train.vision": "vision_learner",
     "recipe": "fine_tune_run Run RunError RunFailed per_class plot_per_class",
 }

@@ -326,6 +326,21 @@ def test_momenta_follow_weights_that_lie_in_another_way(follows, tmp_path, monke
 
 
 @BOTH
+def test_the_same_seed_twice_over_the_same_loaders(cls, tmp_path):
+    ends, learn = [], learner(cls, tmp_path, **(dict(seed=3) if cls is Learner else {}))
+    start = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    for _ in range(2):
+        learn.model.load_state_dict(start)
+        again = cls(learn.dls, learn.model, loss_func=CrossEntropyLossFlat(), path=tmp_path, **(dict(seed=3) if cls is Learner else {}))
+        if cls is FastaiLearner: set_seed(3, reproducible=True)
+        else: again.dls.one_batch(), torch.rand(3), quietly(again, "lr_find", show_plot=False)
+        quietly(again, "fit", 1, 1e-2)
+        ends.append(weights(again))
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(*ends) == (cls is Learner)
+
+
+@BOTH
 def test_one_cycle_leaves_momentum(cls, tmp_path):
     learn = learner(cls, tmp_path)
     quietly(learn, "fit", 1, 1e-2)

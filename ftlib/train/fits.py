@@ -6,6 +6,7 @@
 __all__ = ['FiniteLoss', 'Fits']
 
 # %% ../../nbs/36_train.fits.ipynb #b0f8c378
+import random
 import warnings
 from contextlib import contextmanager, nullcontext
 
@@ -16,6 +17,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from fastcore.foundation import L
 
+from ..data.loader import seed_all
 from .checkpoint import Checkpoint, course, put_moment, put_training
 from .frozen import on_features
 from .groups import TrainError
@@ -23,7 +25,7 @@ from .history import EpochLog
 from .schedule import (
     Cosine, FlatCosine, Momentum, OneCycle, ReduceLROnPlateau, as_schedule, group_lrs)
 from .step import Stepping
-from .transaction import put_random, random_states, snapshot, whole
+from .transaction import hooks_snapshot, kept_random, put_random, random_states, snapshot, whole
 
 # %% ../../nbs/36_train.fits.ipynb #c3ae4e3c
 class FiniteLoss(Callback):
@@ -44,6 +46,7 @@ class FiniteLoss(Callback):
 class Fits(Stepping):
     "`Stepping` with fits that take schedules and keep the epochs that were completed."
     cache, views = True, 4  # see `Learner`
+    seed = None  # see `Learner`
     fits_kept = {}  # folder → fits that a `Checkpoint` has seen to their end
     _course = 0, None, None  # first epoch, what keeps the training, the state that it goes on from
 
@@ -126,7 +129,7 @@ class Fits(Stepping):
         done = len(self.epoch_log.rows) if hasattr(self, 'epoch_log') else 0
         if begun: start_epoch, done = begun['epoch'], begun['before'] + begun['epoch']
         cbs = (L(ParamScheduler(scaled)) if scaled else L()) + L(cbs)
-        with self._kept_from_harm(), self._on_course(start_epoch, kept, begun):
+        with self._kept_from_harm(), self._on_course(start_epoch, kept, begun), self._seeded():
             if begun: put_training(self, begun)
             if begun and begun['end']:
                 with self.added_cbs(cbs): return kept.ended(self, begun)
@@ -164,6 +167,17 @@ class Fits(Stepping):
         super()._end_cleanup()
         if self._course[1] is not None: self._course[1].save(self, self.n_epoch, end=True)
 
+    @contextmanager
+    def _seeded(self):
+        "Where there is a seed, random numbers within follow from it and from the number of fits before, and are as before afterwards"
+        if self.seed is None:
+            yield
+            return
+        with kept_random():
+            seed_all(self.seed, self.epoch_log.phase, device=self.dls.device)
+            for dl in self.dls.loaders: dl.rng = random.Random(random.getrandbits(64))
+            yield
+
     def _on_features(self, train=(), valid=True, cbs=None):
         "Within, batches are features where the frozen part allows it"
         return on_features(self, train, valid, L(cbs), self.views) if self.cache else nullcontext()
@@ -174,10 +188,11 @@ class Fits(Stepping):
     def _kept_from_harm(self):
         "After a fit momentum is what it was; after an error so is all that callbacks have changed, but not the history"
         moms = [h.get('mom') for h in self.opt.hypers]
-        restore = snapshot(*(o for o in whole(self) if not isinstance(o, (Recorder, EpochLog))))
+        restore, hooks = snapshot(*(o for o in whole(self) if not isinstance(o, (Recorder, EpochLog)))), hooks_snapshot(self.model)
         try: yield
         except BaseException:
             restore()
+            hooks()
             for p in self.model.parameters(): p.grad = None
             raise
         finally:

@@ -7,23 +7,28 @@ __all__ = ['CrossEntropy', 'Learner']
 
 # %% ../../nbs/37_train.learner.ipynb #cbaf9788
 import copy
+import threading
 from contextlib import contextmanager, nullcontext
 
 import fastai.learner
 import pandas as pd
 import torch
 from fastai.callback import hook  # noqa: F401  gives fastai's Learner its `summary`
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
+from fastai.torch_core import to_cpu, to_device, to_float
+from fastcore.basics import detuplify, getcallable
 from fastcore.foundation import L
 from torch import nn
 
 from .fits import FiniteLoss, Fits
+from .groups import FrozenParts
 from .history import EpochLog, Recorder, plot_history
 from .lr_find import find_lr
 from .metrics import as_metric
-from .precision import as_arithmetic
+from .precision import Arithmetic, as_arithmetic
 from .progress import Progress
 from .transaction import kept_attributes, kept_random, whole
 
@@ -31,6 +36,9 @@ from .transaction import kept_attributes, kept_random, whole
 class CrossEntropy(CrossEntropyLossFlat):
     "fastai's, on plain tensors: its own ask Python at every operation what becomes of their type"
     def _contiguous(self, x): return x.as_subclass(torch.Tensor).transpose(self.axis, -1).contiguous()
+
+
+_KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, FiniteLoss, FrozenParts, fastai.learner.CastToTensor
 
 
 def _cross_entropy(loss):
@@ -58,19 +66,24 @@ class Learner(Fits):
         cache:bool=True,        # Compute what is frozen once; see `on_features`
         views:int=4,            # Random views of a picture that take turns while its features are kept
         precision='auto',       # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', an `Arithmetic`
+        seed:int=None,          # Every fit and sweep draws from it and from how many fits there were: the same ones again give the same weights
         compile=False,          # Let `torch.compile` make the network faster: minutes first; or the name of one of its backends
     ):
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
                          path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms,
                          default_cbs=default_cbs)
-        self.loss_func = _cross_entropy(self.loss_func)
+        self.loss_func, self.lock = _cross_entropy(self.loss_func), threading.RLock()
         if default_cbs:
             self.remove_cbs([ProgressCallback, fastai.learner.Recorder])
             self.add_cbs([Recorder, Progress, EpochLog, FiniteLoss])
         self.add_cbs(cbs)
-        self.cache, self.views = cache, views
+        self.cache, self.views, self.seed = cache, views, seed
         if compile: self.model.compile(**({} if compile is True else dict(backend=compile)))
         self.precision, self.arithmetic = precision, None if precision == 'auto' else as_arithmetic(precision)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.RLock()  # a callback that looks while it is being looked would wait for itself
 
     @property
     def metrics(self): return self._metrics
@@ -87,6 +100,23 @@ class Learner(Fits):
         with self._looking(ds_idx, pictures, kwargs.get('cbs')):
             self.folds = self.model._compiled_call_impl is None
             return super().get_preds(ds_idx, dl, with_input, *args, **kwargs)
+
+    @torch.no_grad()
+    def predict(self, item, rm_type_tfms=None, with_input=False):
+        "fastai's `predict`: class, its number, probabilities. One forward pass, without the events of an epoch, where callbacks keep records only."
+        if not all(type(cb) in _KEEP_RECORDS for cb in self.cbs): return super().predict(item, rm_type_tfms, with_input)
+        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
+        dl.before_iter()  # tells its transforms that these are no training pictures
+        device, way = next(self.model.parameters()).device, self.arithmetic or Arithmetic()
+        x = dl.after_batch(to_device(dl.do_batch([dl.do_item(0)]), device))
+        inputs = x[:getattr(self.dls, 'n_inp', 1)]
+        if any(m.training for m in self.model.modules()): self.model.eval()
+        with way.autocast(device): out = self.model(*(way.laid_out(o.as_subclass(torch.Tensor)) for o in inputs))
+        probabilities = getcallable(self.loss_func, 'activation')(to_float(out)).cpu()
+        number = getcallable(self.loss_func, 'decodes')(probabilities)
+        decoded = self.dls.decode_batch((*to_cpu(inputs), number))[0]
+        found = detuplify(decoded[len(inputs):]), number[0], probabilities[0]
+        return (detuplify(decoded[:len(inputs)]), *found) if with_input else found
 
     def summary(self):
         "fastai's table of layers; history, recorder and the order of the batches stay as they are."
@@ -109,7 +139,7 @@ class Learner(Fits):
         ratios=None,          # Relative rates of the parameter groups, as `slice(1e-2, 1)`; rates given are the head's
     ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`
         "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …`. Nothing of the learner changes."
-        with self._on_features((0,), valid=False):
+        with self._seeded(), self._on_features((0,), valid=False):
             return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios)
 
     @contextmanager

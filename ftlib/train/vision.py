@@ -32,7 +32,7 @@ def vision_learner(
     wd_bn_bias:bool=False,
     train_bn:bool=False,  # fastai's way: the norms of frozen stages learn, and statistics move while the body trains
     moms=(.95, .85, .95),
-    seed:int=None,        # Of the head's first weights
+    seed:int=None,        # Of the head's first weights, and of what each fit draws
     cache:bool=True,      # Compute what is frozen once, and keep it
     views:int=4,          # Random views of a picture that take turns while its features are kept
     precision='auto',     # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', an `Arithmetic`
@@ -55,7 +55,7 @@ def vision_learner(
     if weights is not None: net.keeps_statistics = not train_bn
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
                     model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views, precision=precision,
-                   compile=compile)
+                    seed=seed, compile=compile)
     if getattr(dls, 'auto_bs', False): learn.dls = _as_many_as_fit(learn)
     if weights is not None: learn.freeze()
     return learn

@@ -1,0 +1,168 @@
+"""What every callback owes the learner, ftlib's and those of fastai that are used most: each goes the same course. New ones of ftlib are found by themselves."""
+
+import copy
+import importlib
+import pkgutil
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback import all as fc
+from fastai.callback.core import Callback, _events
+from fastai.callback.tracker import ReduceLROnPlateau as FastaiPlateau
+from fastai.data.core import DataLoaders
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
+from sklearn.datasets import load_digits
+from torch import nn
+
+import ftlib
+from ftlib.models.network import Body, Network, Normalize
+from ftlib.train.checkpoint import remembered
+from ftlib.train.fits import FiniteLoss
+from ftlib.train.groups import FrozenParts
+from ftlib.train.history import EpochLog, Recorder
+from ftlib.train.learner import Learner
+from ftlib.train.lr_find import LRSweep
+from ftlib.train.progress import Progress
+from ftlib.train.schedule import ReduceLROnPlateau
+from ftlib.train.stopping import EarlyStopping, Follower
+
+# How those are made that want something said; the others are made of nothing.
+MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.)}
+# Every learner has the first ones; of `Follower` others are made, and `LRSweep` belongs to the rate finder
+NOT_GIVEN = {Recorder, Progress, EpochLog, FiniteLoss, FrozenParts, Follower, LRSweep}
+FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback, "EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
+          "fastai's plateau": partial(FastaiPlateau, patience=1), "TerminateOnNaN": fc.TerminateOnNaNCallback, "Tracker": fc.TrackerCallback, "MixUp": fc.MixUp,
+          "CutMix": fc.CutMix, "GradientAccumulation": partial(fc.GradientAccumulation, 96), "GradientClip": fc.GradientClip, "BnFreeze": fc.BnFreeze,
+          "ActivationStats": fc.ActivationStats, "ParamScheduler": partial(fc.ParamScheduler, {"lr": fc.combined_cos(.25, 1e-3, 1e-2, 1e-5)}), "FetchPreds": fc.FetchPredsCallback}
+
+
+def ours():
+    "Callbacks that ftlib defines"
+    rooms = [importlib.import_module(m.name) for m in pkgutil.walk_packages(ftlib.__path__, "ftlib.") if "._modidx" not in m.name]
+    found = {o for room in rooms for o in vars(room).values() if isinstance(o, type) and issubclass(o, Callback) and o.__module__.startswith("ftlib.")}
+    return {cls.__name__: MAKERS.get(cls, cls) for cls in sorted(found - NOT_GIVEN, key=lambda c: c.__name__)}
+
+
+CALLBACKS = ours() | FASTAI
+EVERY = pytest.mark.parametrize("name", CALLBACKS)
+EVENTS = [e for e in _events if not e.startswith(("after_cancel", "after_create"))]
+X, y = (torch.tensor(o) for o in load_digits(return_X_y=True))
+X = X.float().div(16).view(-1, 1, 8, 8)
+
+
+class Bomb(Callback):
+    "At an event of the second epoch, or of the fit"
+    order = 1000
+    def __init__(self, at, error=RuntimeError): self.moment, self.error = at, error
+    def state_dict(self): return {}
+    def load_state_dict(self, state): pass
+    def __call__(self, name):
+        if name == self.moment and (name in ("before_fit", "after_fit") or self.learn.epoch == 1): raise self.error("here")
+
+
+def learner(path, cbs=None):
+    set_seed(0)
+    def conv(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.ReLU())
+    net = Network(Body(Normalize([.3], [.35]), dict(stem=conv(1, 8), stage1=conv(8, 16), pool=nn.Flatten()), 64), nn.Linear(64, 10))
+    pairs = list(zip(X[:384], y[:384], strict=True))
+    dls = DataLoaders.from_dsets(pairs[:256], pairs[256:], bs=64, device="cpu", num_workers=0)
+    return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path, precision="fp32", cbs=cbs)
+
+
+def fit(learn, epochs=2, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2, **kwargs)
+
+
+def weights(learn): return [v.clone() for v in learn.model.state_dict().values()]
+
+
+def same(a, b): return all(map(torch.equal, a, b))
+
+
+def named(learn): return sorted(type(cb).__name__ for cb in learn.cbs)
+
+
+def hooks(learn): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in learn.model.modules())
+
+
+def assert_usable(learn, loss, names):
+    "As before, and able to train, to look and to predict"
+    assert learn.loss_func is loss and named(learn) == names and not hooks(learn)
+    assert not torch.is_autocast_enabled("cpu") and learn.opt is not None
+    assert all(p.grad is None for p in learn.model.parameters())
+    rows, before = len(learn.history), weights(learn)
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()
+        learn.get_preds()
+    assert same(before, weights(learn)) and len(learn.history) == rows
+    fit(learn, 1)
+    assert len(learn.history) == rows + 1 and not same(before, weights(learn))
+
+
+@EVERY
+def test_success(name, tmp_path):
+    learn = learner(tmp_path)
+    loss, names = learn.loss_func, named(learn)
+    fit(learn, cbs=CALLBACKS[name]())
+    assert_usable(learn, loss, names)
+
+
+@EVERY
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_at_each_event(name, error, tmp_path):
+    learn = learner(tmp_path)
+    loss, names = learn.loss_func, named(learn)
+    for event in EVENTS if error is RuntimeError else ["after_batch", "after_validate"]:
+        rows = len(learn.history)
+        with pytest.raises(error, match="here"): fit(learn, 3, cbs=[CALLBACKS[name](), Bomb(event, error)])
+        # Those that stop early may have ended the fit by then
+        assert len(learn.history) - rows == {"before_fit": 0, "after_epoch": 2, "after_fit": len(learn.history) - rows}.get(event, 1)
+        assert_usable(learn, loss, names)
+
+
+@EVERY
+def test_a_sweep_and_a_look_in_between(name, tmp_path):
+    def run(between):
+        learn = learner(tmp_path, cbs=CALLBACKS[name]())
+        cb = learn.cbs[-1]
+        fit(learn)
+        before = str(remembered(cb))
+        if between:
+            with learn.no_bar(), learn.no_logging():
+                learn.lr_find(show_plot=False)
+                learn.validate()
+                learn.get_preds()
+        assert str(remembered(cb)) == before
+        set_seed(1)
+        fit(learn)
+        return weights(learn), learn.history.drop(columns=["seconds"])
+    (a, h), (b, g) = run(True), run(False)
+    assert same(a, b) and h.equals(g)
+
+
+@EVERY
+def test_two_fits_and_a_copy(name, tmp_path):
+    learn = learner(tmp_path, cbs=CALLBACKS[name]())
+    fit(learn)
+    other, before = copy.deepcopy(learn), weights(learn)
+    fit(other)
+    assert same(before, weights(learn)) and learn.history.phase.max() == 1 and other.history.phase.max() == 2
+    set_seed(2)
+    fit(learn)
+    assert learn.history.phase.max() == 2
+
+
+@EVERY
+def test_killed_and_resumed(name, tmp_path):
+    def run(place, event=None, resume=False):
+        learn = learner(tmp_path / "models")
+        fit(learn, 3, cbs=[CALLBACKS[name](), Bomb(event, KeyboardInterrupt)], checkpoint=tmp_path / place, resume=resume)
+        return weights(learn), learn.history.drop(columns=["seconds"])
+    whole, history = run("whole")
+    for event in ("after_batch", "before_validate"):
+        with pytest.raises(KeyboardInterrupt): run(event, event)
+        again, rows = run(event, resume=True)
+        assert same(again, whole) and rows.equals(history)
