@@ -17,7 +17,6 @@ from results import Results, arguments
 import ftlib
 
 
-
 def made(folder, arch, weights, seed, size, bs, unfrozen=False):
     "Makes learners that are all the same, dropout included, over the same data"
     dls = ftlib.image_data(folder, size=size, bs=bs, seed=seed)
