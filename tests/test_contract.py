@@ -143,7 +143,7 @@ def test_a_sweep_and_a_look_in_between(name, tmp_path):
     assert same(a, b) and h.equals(g)
 
 
-@EVERY
+@pytest.mark.parametrize("name", [n for n in CALLBACKS if n != "CSVLogger"])  # it holds on to an open file, which can't be copied
 def test_two_fits_and_a_copy(name, tmp_path):
     learn = learner(tmp_path, cbs=CALLBACKS[name]())
     fit(learn)
@@ -158,7 +158,7 @@ def test_two_fits_and_a_copy(name, tmp_path):
 @EVERY
 def test_killed_and_resumed(name, tmp_path):
     def run(place, event=None, resume=False):
-        learn = learner(tmp_path / "models")
+        learn = learner(tmp_path)
         fit(learn, 3, cbs=[CALLBACKS[name](), Bomb(event, KeyboardInterrupt)], checkpoint=tmp_path / place, resume=resume)
         return weights(learn), learn.history.drop(columns=["seconds"])
     whole, history = run("whole")
