@@ -105,6 +105,8 @@ def _train_options(commands):
     command.add_argument("--freeze-epochs", type=_whole, default=3, help="before them, with the head alone training (none without weights)")
     command.add_argument("--lr", type=_rate, default="auto", help="rate of the head, or auto: found before each phase")
     command.add_argument("--out", type=Path, default=Path("runs/train"), help="where tables, plots and weights go")
+    command.add_argument("--checkpoint", metavar="DIR", type=Path, help="keep the training there after each epoch")
+    command.add_argument("--resume", action="store_true", help="go on with what --checkpoint has kept")
 
 
 def _lr_find_options(commands):
@@ -190,7 +192,7 @@ def _train(args):
     learn = _learner(args.folder, args.arch, args.weights, _data(args))
     # A body without weights has nothing to keep: freezing it would train a head on noise.
     freeze_epochs = 0 if args.weights == "none" or args.arch == "cnn" else args.freeze_epochs
-    _report(fine_tune_run(learn, args.epochs, freeze_epochs, args.lr), args.out)
+    _report(fine_tune_run(learn, args.epochs, freeze_epochs, args.lr, checkpoint=args.checkpoint, resume=args.resume), args.out)
 
 
 def _lr_find(args):

@@ -114,6 +114,8 @@ def fine_tune_run(
     freeze_epochs:int=3,         # Epochs before, with the head alone training
     lr:float|str="auto",         # Rate of the head, or 'auto': found by a sweep before each phase
     say:Callable=print,          # Called with a line for each step
+    checkpoint=None,             # A folder, or a `Checkpoint`: the run is kept there after each epoch
+    resume:bool=False,           # Go on with what is kept there
     **sweep,                     # More arguments of `lr_find`, such as num_it
 ) -> Run:                       # Tables, curves and the trained learner
     "Finds the rate, trains the head, fine-tunes, predicts the validation pictures. Seconds are wall time."
@@ -121,19 +123,19 @@ def fine_tune_run(
         raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: ask for at least one epoch, and none below zero.")
     if len(learn.dls.loaders) < 2 or not len(learn.dls.valid):
         raise RunError("there are no validation pictures to judge the run by: build the data with valid=.2, or another share.")
-    run = Run(learn)
+    run, kept = Run(learn), dict(checkpoint=checkpoint, resume=resume)
     if freeze_epochs:
         learn.freeze()
-        _phase(run, "head", freeze_epochs, lr, say, ratios=1., **sweep)
+        _phase(run, "head", freeze_epochs, lr, say, kept, ratios=1., **sweep)
     if epochs:
         learn.unfreeze()
         halved = lr if lr == "auto" or not freeze_epochs else lr / 2
-        _phase(run, "fine-tune", epochs, halved, say, ratios=slice(1e-2, 1.), **sweep)
+        _phase(run, "fine-tune", epochs, halved, say, kept, ratios=slice(1e-2, 1.), **sweep)
     run.classes = per_class(*learn.get_preds(), learn.dls.vocab)
     return run
 
 
-def _phase(run, name, epochs, lr, say, ratios, **sweep):
+def _phase(run, name, epochs, lr, say, kept, ratios, **sweep):
     "One phase of `run`: a sweep when `lr` is 'auto', then `epochs` of one cycle; both with the groups' rates in `ratios`"
     start = time.perf_counter()
     if lr == "auto":
@@ -141,7 +143,7 @@ def _phase(run, name, epochs, lr, say, ratios, **sweep):
         run.curves[name] = run.learn.lr_find(show_plot=False, ratios=ratios, **sweep)
         lr = _suggested(run.curves[name], say)
     say(f"{name}: {epochs} epoch{'s' * (epochs != 1)} at {lr:.2e}")
-    run.learn.fit_one_cycle(epochs, slice(lr * ratios.start, lr) if isinstance(ratios, slice) else lr)
+    run.learn.fit_one_cycle(epochs, slice(lr * ratios.start, lr) if isinstance(ratios, slice) else lr, **kept)
     if not np.isfinite(run.learn.history[["train_loss", "valid_loss"]].iloc[-1].astype(float)).all():
         raise RunFailed(f"{name}: the loss is no finite number after {epochs} epochs at {lr:.2e}: try a tenth of that rate.")
     run.phases.append(dict(phase=name, epochs=epochs, lr=lr, seconds=time.perf_counter() - start, top1=_last_accuracy(run)))

@@ -87,6 +87,17 @@ def test_the_same_seed_gives_the_same_run(shell, stripes):
     assert a[["train_loss", "valid_loss"]].equals(b[["train_loss", "valid_loss"]])
 
 
+def test_a_training_that_is_kept_goes_on(shell, stripes):
+    asked = "train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--checkpoint", "kept"
+    check(shell(*asked, "--out", "a"), 0)
+    assert "holds a training already" in complaint(check(shell(*asked, "--out", "b"), 2))
+    done = check(shell(*asked, "--out", "b", "--resume"), 0)
+    assert "is over already" in done.stdout
+    a, b = ((shell.folder / o / "history.csv").read_text() for o in "ab")
+    assert a == b
+    assert "epochs 2, now 3" in complaint(check(shell(*asked, "--epochs", 3, "--resume"), 2))
+
+
 def test_lr_find_writes_the_curve(shell, stripes):
     done = check(shell("lr-find", stripes, *SMALL, "--out", "rates"), 0)
     assert "inimum" in done.stdout
