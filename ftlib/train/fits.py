@@ -174,7 +174,7 @@ class Fits(Stepping):
             yield
             return
         with kept_random():
-            seed_all(self.seed, self.epoch_log.phase, device=self.dls.device)
+            seed_all(self.seed, self.epoch_log.phase, device=torch.device(getattr(self.dls, 'device', None) or 'cpu'))
             for dl in self.dls.loaders: dl.rng = random.Random(random.getrandbits(64))
             yield
 
