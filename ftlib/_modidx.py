@@ -403,6 +403,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ftlib.train.checkpoint.CheckpointError': ( 'train.checkpoint.html#checkpointerror',
                                                                                     'ftlib/train/checkpoint.py'),
                                         'ftlib.train.checkpoint._files': ('train.checkpoint.html#_files', 'ftlib/train/checkpoint.py'),
+                                        'ftlib.train.checkpoint._gradients': ( 'train.checkpoint.html#_gradients',
+                                                                               'ftlib/train/checkpoint.py'),
                                         'ftlib.train.checkpoint._is_plain': ( 'train.checkpoint.html#_is_plain',
                                                                               'ftlib/train/checkpoint.py'),
                                         'ftlib.train.checkpoint._name': ('train.checkpoint.html#_name', 'ftlib/train/checkpoint.py'),

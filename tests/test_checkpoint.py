@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
+from fastai.callback.training import GradientAccumulation
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner as FastaiLearner
 from fastai.losses import CrossEntropyLossFlat
@@ -22,6 +23,7 @@ from ftlib.data.images import image_data
 from ftlib.models.network import Body, Network, Normalize
 from ftlib.train.checkpoint import Checkpoint, CheckpointError, checkpoints, load_checkpoint
 from ftlib.train.learner import Learner
+from ftlib.train.metrics import MetricError
 from ftlib.train.packed import DamagedError, read_packed, write_packed
 from ftlib.train.stopping import EarlyStopping
 
@@ -96,7 +98,7 @@ def each_two_steps(place): return Checkpoint(place, every=2)
 
 
 SETTINGS = {"as it comes": {}, "pictures": dict(cache=False), "workers": dict(workers=2), "each two steps": dict(how=each_two_steps),
-            "mixup": dict(cbs=[MixUp]), "pictures, each two steps": dict(cache=False, how=each_two_steps),
+            "mixup": dict(cbs=[MixUp]), "accumulated, each two steps": dict(cbs=[lambda: GradientAccumulation(20)], how=each_two_steps), "pictures, each two steps": dict(cache=False, how=each_two_steps),
             "stopping": dict(cbs=[lambda: EarlyStopping("accuracy", patience=2)]), "torch's SGD": dict(opt_func=torch.optim.SGD)}
 
 
@@ -121,7 +123,7 @@ def test_killed_again_and_again(folder, tmp_path):
     assert_same(train(learner(folder), tmp_path / "cut", resume=True), whole)
     again = learner(folder)
     assert_same(train(again, tmp_path / "cut", resume=True), whole)
-    assert again.fits_kept == {str(tmp_path / "cut"): 2}
+    assert again.fits_kept == {str((tmp_path / "cut").resolve()): 2}
 
 
 def test_in_the_same_process_after_the_stop_button(folder, tmp_path):
@@ -207,6 +209,23 @@ def test_what_is_kept(folder, tmp_path):
     load_checkpoint(other, tmp_path)
     assert all(map(torch.equal, other.model.parameters(), learn.model.parameters()))
     with pytest.raises(CheckpointError, match="another network"): load_checkpoint(Learner(learn.dls, nn.Linear(2, 2), loss_func=nn.MSELoss()), tmp_path)
+
+
+def test_a_monitor_that_is_not_there(folder, tmp_path):
+    learn = learner(folder)
+    with pytest.raises(MetricError, match="did you mean 'accuracy'"): learn.fit(1, 1e-2, checkpoint=Checkpoint(tmp_path, monitor="acuracy"))
+    bare = Learner(learn.dls, network(), loss_func=CrossEntropyLossFlat(), default_cbs=False)
+    with pytest.raises(CheckpointError, match="default_cbs=False"): bare.fit(1, 1e-2, checkpoint=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_can_not_be_kept_costs_no_training(folder, tmp_path):
+    class Odd(Callback):
+        def state_dict(self): return dict(f=print)
+        def load_state_dict(self, state): pass
+    learn = learner(folder, cbs=Odd())
+    with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="is a builtin_function.*training goes on"): learn.fit(2, 1e-2, checkpoint=tmp_path)
+    assert len(learn.history) == 2
 
 
 def test_a_damaged_file_is_passed_over(folder, tmp_path):

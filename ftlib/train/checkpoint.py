@@ -179,9 +179,11 @@ class Checkpoint:
 
     def begin(self, learn, about, resume):
         "Before a fit: the state to go on from, or None"
+        if not hasattr(learn, 'epoch_log'): raise CheckpointError('a learner made with default_cbs=False keeps no history, so its training can not be kept either.')
+        self.lower = lower_is_better(learn, self.monitor, self.mode)
         self.folder.mkdir(parents=True, exist_ok=True)
-        learn.fits_kept = dict(learn.fits_kept)
-        self.fit, self.about, self.best, self.before = learn.fits_kept.get(str(self.folder), 0) + 1, about, None, len(learn.epoch_log.rows)
+        learn.fits_kept, self.place = dict(learn.fits_kept), str(self.folder.resolve())
+        self.fit, self.about, self.best, self.before = learn.fits_kept.get(self.place, 0) + 1, about, None, len(learn.epoch_log.rows)
         if not resume:
             if self.fit == 1 and _files(self.folder): raise CheckpointError(
                 f'{self.folder} holds a training already ({_files(self.folder)[0].name}): resume=True goes on with it, another folder begins anew.')
@@ -203,12 +205,12 @@ class Checkpoint:
     def ended(self, learn, state):
         "In place of a fit that is over already"
         put_moment(learn, state)
-        learn.fits_kept[str(self.folder)] = self.fit
+        learn.fits_kept[self.place] = self.fit
         print(f'Fit {self.fit} in {self.folder} is over already: its weights and its history are back.')
 
     def save(self, learn, epoch, step=0, start=None, end=False):
         "Keeps what there is now: after so many epochs and steps of the next, whose pass began with the random states `start`"
-        if end: learn.fits_kept[str(self.folder)] = self.fit
+        if end: learn.fits_kept[self.place] = self.fit
         at = 'end' if end else f'{epoch:04}' + (f'.{step:06}' if step else '')
         stem = f'{self.fit:02}-{at}'
         if not step: self._judge(learn, stem)
@@ -216,18 +218,18 @@ class Checkpoint:
         state = dict(version=1, about=self.about, epoch=epoch, step=step, end=end, before=self.before, best=self.best, start=start,
                      arithmetic=None if way is None else [way.dtype, way.channels_last], most=learn.most, frozen_to=getattr(learn.opt, 'frozen_idx', 0),
                      learner={k: vars(learn)[k] for k in ('epoch', 'train_iter', 'pct_train') if k in vars(learn)},
-                     trained=trained_state(learn), random=random_states(*learn.dls.loaders),
+                     trained=trained_state(learn), gradients=_gradients(learn.model), random=random_states(*learn.dls.loaders),
                      callbacks=[[type(cb).__name__, remembered(cb)] for cb in learn.cbs])
         try: path = write_packed(self.folder, stem, state)
-        except OSError as e:
-            warnings.warn(f'{self.folder} did not take the checkpoint {stem} ({e.strerror or e}): training goes on, and what was kept before is still there.')
+        except (OSError, PackError) as e:
+            warnings.warn(f'{self.folder} did not take the checkpoint {stem} ({getattr(e, "strerror", None) or e}): training goes on, and what was kept before is still there.')
         else: self._tidy(path)
 
     def _judge(self, learn, stem):
         "Is it the best so far?"
         rows = learn.epoch_log.rows[self.before:]
-        if not rows: return
-        value, sign = float(rows[-1][self.monitor]), 1 if lower_is_better(learn, self.monitor, self.mode) else -1
+        if not rows or self.monitor not in rows[-1]: return  # there was no validation
+        value, sign = float(rows[-1][self.monitor]), 1 if self.lower else -1
         if self.best is None or sign * value < sign * self.best[0]: self.best = value, stem
 
     def _tidy(self, newest):
@@ -236,6 +238,11 @@ class Checkpoint:
         ended = _place(newest)[1] == float('inf')
         for p in mine[1:] if ended else mine[self.keep:]:
             if self.best is None or not p.name.startswith(f'{self.best[1]}-'): p.unlink(missing_ok=True)
+
+
+def _gradients(model):
+    "Those that wait for a step, as they do while they are accumulated over batches"
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 # %% ../../nbs/35_train.checkpoint.ipynb #226f323a
 def put_training(learn, state):
@@ -252,6 +259,7 @@ def put_training(learn, state):
 def put_moment(learn, state):
     "All of it, within the fit that goes on"
     put_training(learn, state)
+    for k, p in learn.model.named_parameters(): p.grad = state['gradients'][k].to(p.device) if k in state['gradients'] else None
     vars(learn).update(state['learner'])
     remember_all(learn.cbs, state['callbacks'])
     put_random(state['random'], *learn.dls.loaders)

@@ -98,12 +98,13 @@ def checked_mode(mode):
 
 
 def lower_is_better(
-    learn,              # A learner in a fit
+    learn,              # A learner
     monitor:str,        # A column of its history: a loss or a metric
     mode:str|None=None, # 'min' or 'max', for a metric that doesn't declare which is better
 ) -> bool:
     "Is a network better where `monitor` is lower? Raises `MetricError`."
-    names = [n for n in learn.recorder.metric_names[1:] if n != 'time']
+    told = getattr(learn.recorder, 'metric_names', ['epoch', 'train_loss', 'valid_loss', *(m.name for m in learn.metrics)])  # after the first fit it knows
+    names = [n for n in told[1:] if n != 'time']
     if monitor not in names:
         near = get_close_matches(monitor, names, 1)
         raise MetricError(f'no {monitor!r} to follow{f"; did you mean {near[0]!r}?" if near else ""}. There are: {", ".join(names)}.')
