@@ -45,7 +45,7 @@ class FiniteLoss(Callback):
 
 class Fits(Stepping):
     "`Stepping` with fits that take schedules and keep the epochs that were completed."
-    cache, views = True, 4  # see `Learner`
+    cache, views = True, 2  # see `Learner`
     seed = None  # see `Learner`
     fits_kept = {}  # folder → fits that a `Checkpoint` has seen to their end
     _course = 0, None, None  # first epoch, what keeps the training, the state that it goes on from

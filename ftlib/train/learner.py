@@ -64,7 +64,7 @@ class Learner(Fits):
         train_bn:bool=False,    # Norm layers of frozen stages keep learning (fastai's way)
         moms=(.95, .85, .95), default_cbs:bool=True,
         cache:bool=True,        # Compute what is frozen once; see `on_features`
-        views:int=4,            # Random views of a picture that take turns while its features are kept
+        views:int=2,            # Random views of a picture that take turns while its features are kept
         precision='auto',       # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', an `Arithmetic`
         seed:int=None,          # Every fit and sweep draws from it and from how many fits there were: the same ones again give the same weights
         compile=False,          # Let `torch.compile` make the network faster: minutes first; or the name of one of its backends

@@ -34,7 +34,7 @@ def vision_learner(
     moms=(.95, .85, .95),
     seed:int=None,        # Of the head's first weights, and of what each fit draws
     cache:bool=True,      # Compute what is frozen once, and keep it
-    views:int=4,          # Random views of a picture that take turns while its features are kept
+    views:int=2,          # Random views of a picture that take turns while its features are kept
     precision='auto',     # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', an `Arithmetic`
     compile=False,        # Let `torch.compile` make the network faster: minutes first; or the name of one of its backends
     init=nn.init.kaiming_normal_,
