@@ -63,6 +63,9 @@ def figure(table):
         column[1].plot(rows[name], rows.before_mb, "o--", ms=3, label="before any picture")
         column[0].set(xscale="log", yscale="log", ylabel="seconds")
         column[1].set(xscale="log", xlabel=name, ylabel="MB", ylim=(0, None))
+        for ax in column:
+            ax.set_xticks(rows[name], [f"{v:,}" for v in rows[name]])
+            ax.minorticks_off()
     for ax in axs[:, 0]: ax.legend()
     return fig
 
