@@ -32,7 +32,7 @@ def pack(
     if o is None or isinstance(o, (bool, int, float, str)) and type(o).__module__ == 'builtins': return o
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, torch.Tensor): return _kept(o, tensors)
-    if isinstance(o, np.ndarray) and o.dtype != object: return {'$array': _named(torch.from_numpy(np.ascontiguousarray(o)), tensors), 'dtype': str(o.dtype)}
+    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf' and o.dtype.itemsize <= 8: return {'$array': _named(torch.from_numpy(np.ascontiguousarray(o)), tensors), 'dtype': str(o.dtype)}
     if isinstance(o, Path): return {'$path': str(o)}
     if isinstance(o, dict):
         if all(isinstance(k, str) and not k.startswith('$') for k in o): return {k: pack(v, tensors, f'{at}.{k}') for k, v in o.items()}
@@ -95,7 +95,10 @@ def write_packed(
 ) -> Path:
     "Writes `{stem}-{digest}.safetensors`: under another name first, on the disk, then under its own."
     tensors = {}
-    about = json.dumps(pack(state, tensors))
+    about, seen = json.dumps(pack(state, tensors)), set()
+    for k, t in tensors.items():
+        if t.untyped_storage().data_ptr() in seen: tensors[k] = t.clone()  # safetensors takes no memory twice
+        seen.add(t.untyped_storage().data_ptr())
     data = save(tensors or {'none': torch.zeros(0)}, {'ftlib': about})
     path = Path(folder) / f'{stem}-{_digest(data)}.safetensors'
     with written(path) as f: f.write(data)
