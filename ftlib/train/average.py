@@ -31,11 +31,11 @@ class EMA(Callback):
         decay:float=.999,  # Share of the mean that stays at each step; less at first: (1 + n) / (10 + n) after n steps
     ):
         if not 0 < decay < 1: raise TrainError(f'decay={decay!r} is the share of the mean that stays at each step: between 0 and 1.')
-        self.decay, self.steps, self.mean, self.own = decay, 0, None, None
+        self.decay, self.steps, self.average, self.own = decay, 0, None, None
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if self.run: self.steps, self.mean, self.own = 0, None, None
+        if self.run: self.steps, self.average, self.own = 0, None, None
 
     def before_train(self):
         "Training goes on from its own weights"
@@ -45,15 +45,15 @@ class EMA(Callback):
     @torch.no_grad()
     def after_batch(self):
         now = {k: v.detach() for k, v in _floats(self.learn.model).items()}
-        if self.mean is None or self.mean.keys() != now.keys(): self.mean, self.steps = {k: v.clone() for k, v in now.items()}, 0
+        if self.average is None or self.average.keys() != now.keys(): self.average, self.steps = {k: v.clone() for k, v in now.items()}, 0
         stays = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_([*self.mean.values()], [*now.values()], 1 - stays)
+        torch._foreach_lerp_([*self.average.values()], [*now.values()], 1 - stays)
         self.steps += 1
 
     def after_train(self):
-        if self.mean is None: return
+        if self.average is None: return
         self.own = {k: v.detach().clone() for k, v in _floats(self.learn.model).items()}
-        _put(self.learn.model, self.mean)
+        _put(self.learn.model, self.average)
 
     def put_back(self, learn):
         "After a fit: the last step's own weights into `learn`, in place of their mean."
