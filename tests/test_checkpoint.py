@@ -211,6 +211,12 @@ def test_what_is_kept(folder, tmp_path):
     with pytest.raises(CheckpointError, match="another network"): load_checkpoint(Learner(learn.dls, nn.Linear(2, 2), loss_func=nn.MSELoss()), tmp_path)
 
 
+def test_a_state_of_another_version_is_refused(folder, tmp_path):
+    write_packed(tmp_path, "01-0001", dict(version=0))
+    with pytest.raises(CheckpointError, match="another version"): learner(folder).fit(1, 1e-2, checkpoint=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="another version"): load_checkpoint(learner(folder), tmp_path)
+
+
 def test_a_monitor_that_is_not_there(folder, tmp_path):
     learn = learner(folder)
     with pytest.raises(MetricError, match="did you mean 'accuracy'"): learn.fit(1, 1e-2, checkpoint=Checkpoint(tmp_path, monitor="acuracy"))

@@ -170,6 +170,27 @@ def test_fastai_looks_at_predictions(folder, kind):
     plt.close("all")
 
 
+def test_one_prediction_without_an_epoch_is_fastais(folder):
+    from fastai.callback.core import Callback
+    from fastai.learner import Learner as FastaiLearner
+    from torch import nn
+
+    from ftlib.train.learner import Learner
+    dls = build(folder)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * 16 * 16), nn.Dropout(), nn.Linear(3 * 16 * 16, 3)))
+    learn.fit(1, 1e-2)
+    events = []
+    for x in (folder / "cat/0.jpg", np.asarray(picture(1).resize((40, 24)))):
+        for with_input in (False, True):
+            learn.model.train()
+            mine, theirs = learn.predict(x, with_input=with_input), FastaiLearner.predict(learn, x, with_input=with_input)
+            assert list(map(type, mine)) == list(map(type, theirs)) and str(mine[-3]) == str(theirs[-3]) and mine[-2] == theirs[-2]
+            assert torch.allclose(mine[-1], theirs[-1]) and (not with_input or torch.equal(mine[0], theirs[0]))
+    learn.add_cb(Callback(after_pred=lambda cb: events.append(1)))
+    learn.predict(folder / "cat/0.jpg")
+    assert events, "a callback that may change predictions is asked"
+
+
 @pytest.mark.parametrize("augment", ["light", "default", "strong"])
 def test_augmented_pictures_stay_between_black_and_white(folder, augment):
     "fastai's erasing puts numbers from -4 to 4 into them"

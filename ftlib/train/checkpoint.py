@@ -156,6 +156,16 @@ def _files(folder):
     return sorted((p for p in Path(folder).glob('*.safetensors') if _NAME.fullmatch(p.name)), key=_place, reverse=True)
 
 
+_VERSION = 1  # another number when a state of before could not be put back
+
+
+def _read(path):
+    "The state in a file, if it is of this version"
+    state = read_packed(path)
+    if state.get('version') == _VERSION: return state
+    raise CheckpointError(f'{path} was written by another version of ftlib, whose states this one can not put back.')
+
+
 def checkpoints(
     folder,          # Where a training was kept
 ) -> pd.DataFrame:   # fit, epoch ('end' where the fit was over), MB, file; the newest first
@@ -199,7 +209,7 @@ class Checkpoint:
     def _newest(self):
         "The newest state of this fit that can be read"
         for path in [p for p in _files(self.folder) if _place(p)[0] == self.fit]:
-            try: return read_packed(path)
+            try: return _read(path)
             except (DamagedError, OSError) as e: warnings.warn(f'{e} The one before it is taken.')
 
     def ended(self, learn, state):
@@ -215,7 +225,7 @@ class Checkpoint:
         stem = f'{self.fit:02}-{at}'
         if not step: self._judge(learn, stem)
         way = learn.arithmetic
-        state = dict(version=1, about=self.about, epoch=epoch, step=step, end=end, before=self.before, best=self.best, start=start,
+        state = dict(version=_VERSION, about=self.about, epoch=epoch, step=step, end=end, before=self.before, best=self.best, start=start,
                      arithmetic=None if way is None else [way.dtype, way.channels_last], most=learn.most, frozen_to=getattr(learn.opt, 'frozen_idx', 0),
                      learner={k: vars(learn)[k] for k in ('epoch', 'train_iter', 'pct_train') if k in vars(learn)},
                      trained=trained_state(learn), gradients=_gradients(learn.model), random=random_states(*learn.dls.loaders),
@@ -274,13 +284,13 @@ def load_checkpoint(
     if which not in ('last', 'best'): raise CheckpointError(f"which={which!r}: 'last' or 'best'.")
     files = _files(folder)
     for i, path in enumerate(files):
-        try: state = read_packed(path)
+        try: state = _read(path)
         except DamagedError as e:
             warnings.warn(f'{e} The one before it is taken.')
             continue
         if which == 'best' and state['best'] is not None:
             best = next((p for p in files[i:] if p.name.startswith(f'{state["best"][1]}-')), None)
-            if best is not None and best != path: state = read_packed(best)
+            if best is not None and best != path: state = _read(best)
         shapes = [{k: tuple(v.shape) for k, v in s.items()} for s in (state['trained']['model'], learn.model.state_dict())]
         if shapes[0] != shapes[1]: raise CheckpointError(f'{path} is of another network: {difference(*shapes) or "other layers"}.'[:600])
         if learn.opt is None: learn.create_opt()
