@@ -148,6 +148,15 @@ def test_a_sweep_in_between_changes_nothing(folder, tmp_path):
     assert_same(other, whole)
 
 
+def test_weights_lie_as_they_lay(folder, tmp_path):
+    learn, other = learner(folder), learner(folder)
+    learn.model.to(memory_format=torch.channels_last)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, checkpoint=tmp_path)
+    with other.no_bar(), other.no_logging(): other.fit(1, 1e-2, checkpoint=tmp_path, resume=True)
+    strides = [[p.stride() for p in o.model.parameters()] for o in (learn, other, learner(folder))]
+    assert strides[0] == strides[1] != strides[2]
+
+
 def test_fine_tune(folder, tmp_path):
     def run(place, dies=None, resume=False):
         learn = learner(folder)
