@@ -26,8 +26,8 @@ from ftlib.train.history import EpochLog, Recorder
 from ftlib.train.learner import Learner
 from ftlib.train.lr_find import LRSweep
 from ftlib.train.progress import Progress
-from ftlib.train.schedule import ReduceLROnPlateau
-from ftlib.train.stopping import EarlyStopping, Follower
+from ftlib.train.stopping import EarlyStopping
+from ftlib.train.trackers import Follower, ReduceLROnPlateau
 
 # How those are made that want something said; the others are made of nothing.
 MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.)}

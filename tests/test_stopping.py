@@ -3,18 +3,25 @@
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.callback.tracker import ReduceLROnPlateau as FastaiPlateau
+from fastai.callback.tracker import SaveModelCallback as FastaiSaveModel
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner as FastaiLearner
 from fastai.metrics import mse
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 
 from ftlib.train.learner import Learner
 from ftlib.train.metrics import MetricError
 from ftlib.train.stopping import EarlyStopping
+from ftlib.train.trackers import ReduceLROnPlateau, SaveModelCallback
 
 WAYS = {"fastai": (FastaiLearner, EarlyStoppingCallback), "ftlib": (Learner, EarlyStopping)}
+SAVING = {"fastai": (FastaiLearner, FastaiSaveModel), "ftlib": (Learner, SaveModelCallback)}
+PLATEAU = {"fastai": (FastaiLearner, FastaiPlateau), "ftlib": (Learner, ReduceLROnPlateau)}
 BOTH = pytest.mark.parametrize("way", WAYS)
 
 
@@ -107,3 +114,67 @@ def test_an_error_in_a_fit_leaves_what_was_best():
         stop.before_batch = lambda: None
         learn.fit(2, 1e-2)
         assert np.isclose(learn.validate()[0], stop.best, rtol=1e-5)
+
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()]).clone()
+
+
+class Lost(Callback):
+    "The loss is NaN from the second step on"
+    def after_pred(self): self.learn.pred = self.learn.pred * (float("nan") if self.learn.train_iter else 1)
+
+
+@BOTH
+def test_only_what_a_fit_has_saved_is_loaded(way, tmp_path):
+    cls, save = SAVING[way]
+    learner(cls, 64, path=tmp_path).save("model")
+    learn = learner(cls, 96, path=tmp_path, cbs=Lost())
+    theirs = torch.load(tmp_path / "models" / "model.pth")
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=save())
+    assert learn.model[0].weight.equal(theirs["0.weight"]) == (way == "fastai")
+
+
+@BOTH
+def test_looking_does_not_overwrite_the_best(way, tmp_path):
+    "A look has no training loss: fastai then takes the metric, which is smaller, for the validation loss"
+    cls, save = SAVING[way]
+    def tenth(pred, y): return (pred - y).square().mean() / 10
+    learn = learner(cls, path=tmp_path, cbs=save(monitor="valid_loss"), metrics=tenth)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3, 1e-2)
+        kept = (tmp_path / "models" / "model.pth").read_bytes()
+        with torch.no_grad(): learn.model[0].weight.mul_(.9)
+        learn.validate()
+    assert ((tmp_path / "models" / "model.pth").read_bytes() != kept) == (way == "fastai")
+
+
+@BOTH
+def test_the_best_of_both_phases_is_kept(way, tmp_path):
+    cls, save = SAVING[way]
+    learn = learner(cls, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.add_cb(save())
+        learn.fit(3, 1e-3)
+        best = learn.validate()[0]
+        learn.fit(3, 3.)  # far too high
+        assert (learn.validate()[0] > 1.01 * best) == (way == "fastai")
+
+
+@BOTH
+def test_the_rate_of_torchs_optimizers_comes_down(way):
+    cls, plateau = PLATEAU[way]
+    opt = (lambda params, **kw: OptimWrapper(params, torch.optim.SGD, **kw)) if way == "fastai" else torch.optim.SGD
+    learn = learner(cls, opt_func=opt)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-3, cbs=plateau(min_delta=9.))
+    assert (learn.recorder.lrs[-1] < 1e-4) == (way == "ftlib")
+
+
+@BOTH
+def test_the_rate_comes_down_under_a_schedule(way):
+    cls, plateau = PLATEAU[way]
+    rates = []
+    for cbs in (None, plateau(min_delta=9.)):
+        learn = learner(cls)
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(6, 1e-3, cbs=cbs)
+        rates.append(learn.recorder.lrs)
+    assert (rates[0] == rates[1]) == (way == "fastai")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedules', 'RateError', 'group_lrs', 'check_rates', 'Constant', 'Step', 'Exponential', 'Cosine', 'Linear', 'Warmup',
-           'OneCycle', 'FlatCosine', 'Momentum', 'as_schedule', 'ReduceLROnPlateau']
+           'OneCycle', 'FlatCosine', 'Momentum', 'as_schedule']
 
 # %% ../../nbs/20_train.schedule.ipynb #194d6c4d
 import math
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 
 import numpy as np
-from fastai.callback.core import Callback
 
 # %% ../../nbs/20_train.schedule.ipynb #7477c77e
 class RateError(ValueError):
@@ -149,45 +148,3 @@ def as_schedule(schedule):  # A name, a schedule object, or any `f(epoch, n_epoc
     near = get_close_matches(str(schedule), schedules, 1)
     raise RateError(f"no schedule {schedule!r}{f'; did you mean {near[0]!r}?' if near else ''}. There are: "
                     f"{', '.join(schedules)}, 'plateau', or any f(epoch, n_epoch) -> multiplier.")
-
-# %% ../../nbs/20_train.schedule.ipynb #a5d1444a
-class ReduceLROnPlateau(Callback):
-    "Divide every group's rate by `factor` when `monitor` has not improved for `patience` epochs."
-    order = 62
-
-    def __init__(self,
-        monitor:str='valid_loss',  # A column of the epoch table
-        mode:str='min',            # 'min' or 'max': which way is better
-        min_delta:float=0.,        # Improvements smaller than this don't count
-        patience:int=1,            # Epochs to wait
-        factor:float=10.,          # What the rate is divided by
-        min_lr:float=0.,           # The head's rate goes no lower
-    ):
-        if mode not in ('min', 'max'): raise RateError(f"mode is 'min' or 'max', got {mode!r}.")
-        if factor <= 1: raise RateError(f"factor divides the rate, so it must be above 1, got {factor!r}.")
-        self.monitor, self.mode, self.min_delta, self.patience = monitor, mode, min_delta, patience
-        self.factor, self.min_lr = factor, min_lr
-
-    def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if not self.run: return
-        names = list(self.learn.recorder.metric_names[1:])
-        if self.monitor not in names:
-            raise RateError(f"no {self.monitor!r} to monitor; there are {', '.join(n for n in names if n != 'time')}.")
-        self.column, self.best, self.waited = names.index(self.monitor), math.inf, 0
-
-    def after_epoch(self):
-        values = self.learn.recorder.values[-1]
-        if len(values) <= self.column: return
-        value = float(values[self.column]) * (1 if self.mode == 'min' else -1)
-        if value < self.best - self.min_delta: self.best, self.waited = value, 0
-        else: self.waited += 1
-        if self.waited >= self.patience: self._lower()
-
-    def _lower(self):
-        lrs = [h['lr'] for h in self.learn.opt.hypers]
-        floor = self.min_lr * np.array(lrs) / lrs[-1]
-        self.waited, new = 0, np.maximum(np.array(lrs) / self.factor, floor)
-        if new[-1] < lrs[-1]:
-            self.learn.opt.set_hyper('lr', list(new))
-            print(f'Epoch {self.learn.epoch}: {self.monitor} has not improved, learning rate {lrs[-1]:.2e} → {new[-1]:.2e}')
