@@ -47,7 +47,8 @@ def by_ftlib(learn):
 def by_fastai(learn):
     scores, rates = [], []
     for phase in range(2):
-        rates.append(learn.lr_find(show_plot=False).valley)
+        try: rates.append(learn.lr_find(show_plot=False).valley)
+        except IndexError: rates.append(learn.lr)  # a curve without a descent: what is left is the default
         learn.fit_one_cycle(3, slice(rates[-1] / 100, rates[-1]) if phase else rates[-1])
         scores.append(accuracies(learn)[-1])
         learn.unfreeze()

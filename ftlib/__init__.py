@@ -36,7 +36,9 @@ _ROOMS = {
     "train.stopping": "EarlyStopping StopOnNaN",
     "train.average": "EMA",
     "train.vision": "vision_learner",
-    "recipe": "fine_tune_run Run RunError RunFailed per_class plot_per_class",
+    "evaluate.intervals": "EvaluateError",
+    "evaluate.report": "Report",
+    "recipe": "fine_tune_run Run RunError RunFailed",
 }
 
 

@@ -22,6 +22,8 @@ EXAMPLES = {
              "ftlib train flowers --weights resnet18.pth --lr 2e-3 --size 128 --out runs/small\n"
              "ftlib train digits --arch cnn --size 28 --epochs 20",
     "lr-find": "ftlib lr-find flowers --arch resnet18\nftlib lr-find flowers --unfrozen --out runs/rates",
+    "evaluate": "ftlib evaluate flowers                  # what 'ftlib train flowers' left in runs/train\n"
+                "ftlib evaluate photographs --on all --weights flowers.safetensors --out runs/photographs",
     "audit": "ftlib audit flowers --csv problems.csv\nftlib audit flowers --quick && ftlib train flowers",
     "models": "ftlib models 'res*'\nftlib models '*lite*' --csv lite.csv",
     "cache": "ftlib cache\nftlib cache --clear",
@@ -42,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
                "  130  stopped by Ctrl-C")
     parser.add_argument("--version", action="version", version=f"ftlib {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo_options, _train_options, _lr_find_options, _audit_options, _models_options, _cache_options): add(commands)
+    for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _audit_options, _models_options, _cache_options): add(commands)
     return parser
 
 
@@ -117,6 +119,17 @@ def _lr_find_options(commands):
     command.add_argument("--out", type=Path, default=Path("runs/lr_find"), help="where the curve goes, as CSV and PNG")
 
 
+def _evaluate_options(commands):
+    command = _command(commands, "evaluate", _evaluate, "How good is it? Figures with intervals, classes, mistakes, a page to read")
+    _data_options(command)
+    command.add_argument("--weights", metavar="PATH", type=Path, default=Path("runs/train/weights.safetensors"), help="what 'ftlib train' wrote")
+    command.add_argument("--on", choices=["valid", "test", "all"], default="valid",
+                         help="the pictures that 'ftlib train' validates with, those in DIR/test, or all in DIR")
+    command.set_defaults(size=None)
+    command.add_argument("--tta", type=_whole, default=0, help="augmented views of each picture to take the mean over, besides the plain one")
+    command.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="where tables and the page go")
+
+
 def _audit_options(commands):
     command = _command(commands, "audit", _audit, "List broken, doubled, leaking and too few pictures; exits 1 if there are any")
     command.add_argument("folder", metavar="DIR", type=Path, help="folder of pictures, or a .csv")
@@ -168,11 +181,16 @@ def _place(file):
 
 def _report(run, out):
     "The tables of a run on the screen, everything in files"
-    print("\nby class (validation pictures)\n" + run.classes.round(3).to_string(index=False))
+    print("\nby class (validation pictures)\n" + _classes(run.report))
     digits = {"lr": "{:.2e}".format, "seconds": "{:.1f}".format, "top-1": "{:.4f}".format}
     print("\n" + run.summary.rename(columns={"top1": "top-1"}).to_string(index=False, na_rep="", formatters=digits))
     print(f"\ntop-1 {run.top1:.4f} in {run.summary['seconds'].iloc[-1]:.0f} s")
     print(f"written to {out}: {', '.join(p.name for p in run.save(out))}")
+
+
+def _classes(report):
+    "A line a class"
+    return report.per_class.drop(columns=["recall low", "recall high", "precision low", "precision high"]).round(3).to_string(index=False)
 
 
 def _demo(args):
@@ -205,6 +223,17 @@ def _lr_find(args):
     save_picture(found.plot, args.out / "lr_find.png")
     if found.clear: print(f"suggested for the network as it is: {found.suggested:.2e}")
     print(f"written to {args.out}: lr_find.csv, lr_find.png")
+
+
+def _evaluate(args):
+    args.out.mkdir(parents=True, exist_ok=True)
+    from ftlib.recipe import load_weights, weights_about
+    about = weights_about(args.weights)
+    learn = _learner(args.folder, about["arch"], "none", _data(args) | {"size": args.size or about.get("size") or 224})
+    load_weights(learn, args.weights)
+    report = learn.evaluate(args.folder if args.on == "all" else args.on, tta=args.tta)
+    print(_classes(report) + f"\n\n{report}")
+    print(f"written to {args.out}: {', '.join(p.name for p in report.save(args.out, title=str(args.folder)))}")
 
 
 def _audit(args):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ftlib.cli import main
 
+REPORT = {"report.html", *(f"{n}.csv" for n in ("figures", "per_class", "confusion", "errors", "calibration"))}
 SMALL = "--arch cnn --size 32 --bs 8".split()
 
 
@@ -61,8 +62,7 @@ def complaint(done):
 def test_train_writes_tables_plots_and_weights(shell, stripes):
     done = check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "out"), 0)
     out = shell.folder / "out"
-    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "per_class.csv", "per_class.png", "summary.csv",
-                                               "weights.safetensors"}
+    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "per_class.png", "summary.csv", "weights.safetensors", *REPORT}
     classes, history, summary = (pd.read_csv(out / f"{n}.csv") for n in ("per_class", "history", "summary"))
     assert classes["class"].tolist() == ["lying", "standing"]
     assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
@@ -70,6 +70,29 @@ def test_train_writes_tables_plots_and_weights(shell, stripes):
     top1 = classes["right"].sum() / classes["pictures"].sum()
     assert summary["top1"].iloc[-1] == pytest.approx(top1) and f"top-1 {top1:.4f}" in done.stdout
     assert history["accuracy"].iloc[-1] == pytest.approx(top1, abs=1e-6), "the table and the metric count the same pictures"
+
+
+def test_a_training_is_judged_again(shell, stripes):
+    done = check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--out", "out"), 0)
+    again = check(shell("evaluate", stripes, "--bs", 8, "--weights", "out/weights.safetensors", "--out", "judged"), 0)
+    assert {p.name for p in (shell.folder / "judged").iterdir()} == REPORT
+    for name in REPORT - {"report.html"}:
+        one, two = (pd.read_csv(shell.folder / place / name) for place in ("out", "judged"))
+        pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-5)
+    assert "Top1 " in again.stdout and "by class" in done.stdout
+    all_of_them = check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--on", "all", "--tta", 1), 0)
+    assert "/48 (" in all_of_them.stdout
+
+
+def test_weights_of_something_else_are_refused(shell, stripes, tmp_path):
+    check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
+    (stripes.parent / "others" / "slanted").mkdir(parents=True)
+    for label in ("lying", "standing"): (stripes.parent / "others" / label).symlink_to(stripes / label)
+    for p in (stripes / "lying").iterdir(): (stripes.parent / "others" / "slanted" / p.name).symlink_to(p)
+    assert "slanted" in complaint(check(shell("evaluate", stripes.parent / "others", "--weights", "out/weights.safetensors"), 2))
+    (shell.folder / "odd.safetensors").write_bytes(b"odd")
+    assert "no weights that can be read" in complaint(check(shell("evaluate", stripes, "--weights", "odd.safetensors"), 2))
+    assert "nothing was held out" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--on", "test"), 2))
 
 
 def test_weights_load_into_the_same_network(shell, stripes):

@@ -83,8 +83,9 @@ class LRCurve:
 
     @cached_property
     def descends(self) -> bool:
-        "Is there a descent that is neither noise nor negligible, nor the dip right before the rise?"
+        "Is there a descent that is neither noise nor negligible, nor a shallow dip right before the rise?"
         if self.bottom <= 1 or self.depth <= max(self.beyond_noise * self.noise, self._worth): return False
+        if self.depth > max(.5, .4 * self.level): return True  # a network that knows its task has not so much to lose
         climbs = self._climbs(self.share, self.bottom)
         return climbs is None or climbs >= 10 * self._middle()
 
