@@ -9,11 +9,13 @@ A line is written to the CSV as each run ends; what is there already is not run 
 import time
 from itertools import product
 
+import pandas as pd
 import torch
 from fastai.vision import all as fv
 from results import Results, arguments
 
 import ftlib
+from ftlib.evaluate.intervals import mean_interval
 
 
 def ftlib_learner(folder, weights, seed, size, bs, arch="resnet18"):
@@ -81,6 +83,16 @@ def summary(table):
     "Mean, least and most over the seeds"
     shown = [c for c in ("frozen", "unfrozen", "seconds") if c in table]
     return table.groupby(["set", "way"], sort=False)[shown].agg(["mean", "min", "max"])
+
+
+def differences(table):
+    "ftlib less fastai on the same set and seed: mean and its 95 % interval, by set and over all"
+    wide = table.pivot(index=["set", "seed"], columns="way", values=["frozen", "unfrozen"])
+    rows = {}
+    for name, part in [*wide.groupby("set", sort=False), ("all", wide)]:
+        gained = {k: mean_interval(part[k]["ftlib"] - part[k]["fastai"]) for k in ("frozen", "unfrozen")}
+        rows[name] = dict(seeds=len(part)) | {f"{k}{end}": v for k, o in gained.items() for end, v in zip(("", " low", " high"), o, strict=True)}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def main():

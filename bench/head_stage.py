@@ -53,7 +53,7 @@ def main():
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=3e-3, help="rate of the head")
-    parser.add_argument("--views", nargs="+", type=int, default=[4], help="views of a picture that ftlib keeps")
+    parser.add_argument("--views", nargs="+", type=int, default=[2], help="views of a picture that ftlib keeps")
     args = parser.parse_args()
     os.environ["FTLIB_CACHE"] = tempfile.mkdtemp()
     results = Results(args.out, "set", "seed", "way", "views")

@@ -38,6 +38,7 @@ _ROOMS = {
     "train.vision": "vision_learner",
     "evaluate.intervals": "EvaluateError",
     "evaluate.report": "Report",
+    "evaluate.calibrate": "Calibration",
     "recipe": "fine_tune_run Run RunError RunFailed",
 }
 
