@@ -39,6 +39,11 @@ _ROOMS = {
     "evaluate.intervals": "EvaluateError",
     "evaluate.report": "Report",
     "evaluate.calibrate": "Calibration",
+    "experiment.paired": "CompareError paired",
+    "experiment.runs": "Runs",
+    "experiment.compare": "compare Comparison",
+    "experiment.recipes": "RECIPES recipes probes trainer",
+    "experiment.crossval": "cross_validate CrossValidation",
     "recipe": "fine_tune_run Run RunError RunFailed",
 }
 

@@ -1,0 +1,1 @@
+"""From one run to many: what is better, and is it real?"""

@@ -1,0 +1,126 @@
+"""Comparisons and cross-validations that are killed, and corrections that a library computes too."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
+
+from ftlib.experiment.compare import compare
+from ftlib.experiment.paired import holm, paired
+from ftlib.experiment.runs import Runs
+
+SCRIPT = """
+import sys, numpy as np, torch
+from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
+from sklearn.datasets import load_digits
+from torch import nn
+from ftlib.data.images import image_data
+from ftlib.experiment.compare import compare
+from ftlib.experiment.crossval import cross_validate
+from ftlib.models.network import Body, Network, Normalize
+from ftlib.train.learner import Learner
+torch.set_num_threads(1)
+X, y = load_digits(return_X_y=True)
+source = {"image": [(x.reshape(8, 8) * 15.9).astype("uint8") for x in X[:300]], "label": list(y[:300])}
+given = dict(size=8, bs=32, augment=None)
+
+def small(dls, seed, lr=1e-2):
+    set_seed(seed)
+    conv = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    net = Network(Body(Normalize([.3] * 3, [.35] * 3), dict(stem=conv), 256), nn.Linear(256, 10))
+    learn = Learner(dls, net, metrics=accuracy, seed=seed, precision="fp32")
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, lr)
+    return learn
+
+def at(lr): return lambda seed: small(dls, seed, lr)
+
+if sys.argv[1] == "compare":
+    dls = image_data(source, **given)
+    found = compare({"low": at(1e-4), "high": at(1e-2), "higher": at(3e-2)}, seeds=3, folder=sys.argv[2])
+    found.table[["accuracy", "low", "high", "epochs", "best epoch"]].to_csv(sys.argv[3])
+    found.differences.to_csv(sys.argv[3] + ".differences")
+else:
+    found = cross_validate(small, source, k=4, folder=sys.argv[2], keep=False, **given)
+    found.folds.drop(columns="seconds").to_csv(sys.argv[3])
+    found.out_of_fold.to_csv(sys.argv[3] + ".differences")
+"""
+
+
+def start(script, *args):
+    return subprocess.Popen([sys.executable, "-W", "ignore", script, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["compare", "cross-validate"])
+def test_killed_ten_times_the_table_is_the_same(what, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    begun = time.perf_counter()
+    whole = start(script, what, tmp_path / "whole", tmp_path / "whole.csv")
+    assert whole.wait(300) == 0, whole.stderr.read()
+    took, chance, kills = time.perf_counter() - begun, random.Random(0), 0
+    while kills < 10:
+        process = start(script, what, tmp_path / "killed", tmp_path / "killed.csv")
+        try: assert process.wait(chance.uniform(.6, 1) * took) == 0, process.stderr.read()
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        else:  # it came to its end: begin anew, so that every kill meets work
+            for p in sorted((tmp_path / "killed").iterdir())[kills % 3:]: p.unlink()
+    last = start(script, what, tmp_path / "killed", tmp_path / "killed.csv")
+    assert last.wait(300) == 0, last.stderr.read()
+    for end in (".csv", ".csv.differences"):
+        assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_the_correction_is_holms(ps):
+    np.testing.assert_allclose(holm(ps), multipletests(ps, method="holm")[1], atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(2, 60), st.integers(0, 1000))
+def test_intervals_and_p_agree(seeds, pictures, seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.random((2, seeds, pictures)) < [[[.6]], [[.8]]]
+    found = paired(a, b)
+    np.testing.assert_allclose(found["difference"], b.mean() - a.mean(), atol=1e-12)
+    assert found["low"] <= found["difference"] <= found["high"]
+    if found["high"] > found["low"]: assert (found["low"] > 0 or found["high"] < 0) == (found["p"] < .05)
+
+
+CALLS = []
+
+
+def way(seed):
+    "Stands for a training: what `do_run` makes of it is made up below"
+
+
+def made_up(way, seed, on):
+    CALLS.append(seed)
+    return dict(probs=np.eye(2, dtype="float32"), targets=np.array([0, 1]), classes=["a", "b"], files=["x", "y"], seconds=1., bytes=1, parameters=1, trainable=1, epochs=1,
+                best_epoch=1, images_per_second=1., history={"valid_loss": [1.]})
+
+
+def test_a_damaged_run_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("ftlib.experiment.compare.do_run", made_up)
+    CALLS.clear()
+    def again(): return compare({"one": way}, seeds=2, folder=tmp_path, say=lambda line: None).table.seeds["one"]
+    assert again() == 2 and CALLS == [0, 1]
+    path = sorted(tmp_path.iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged"): assert again() == 2
+    assert sorted(CALLS) == [0, 0, 1] or sorted(CALLS) == [0, 1, 1]
+    assert Runs(tmp_path).get("one", 0) is not None
