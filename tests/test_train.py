@@ -374,3 +374,21 @@ def test_norms_and_biases_are_spared_decay(cls, tmp_path):
     learn.opt.set_hyper("wd", .1)
     learn.opt.step()
     assert bool((learn.model.head.bias == 1).all()) == (cls is Learner)
+
+
+@pytest.mark.parametrize("way", ["fastai", "ftlib"])
+def test_a_schedule_is_computed_without_tensors(way):
+    "At each step, for each hyper-parameter: fastai makes several tensors to take one cosine"
+    from fastai.callback.schedule import combined_cos
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ftlib.train.schedule import OneCycle
+    made = []
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func)
+            return func(*args, **kwargs or {})
+    one_cycle = OneCycle()
+    f = combined_cos(.25, 1e-3, 1e-2, 1e-5) if way == "fastai" else lambda pct: one_cycle(pct * 10, 10)
+    with Count(): [f(p) for p in np.linspace(0, .99, 20)]
+    assert (len(made) > 20) == (way == "fastai")
