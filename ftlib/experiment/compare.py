@@ -14,7 +14,7 @@ import pandas as pd
 from ..evaluate.intervals import mean_interval
 from ..evaluate.report import Report
 from .paired import CompareError, holm, paired
-from .runs import Runs, do_run, report_of
+from .runs import Runs, do_run, report_of, right_of
 
 # %% ../../nbs/62_experiment.compare.ipynb #29911bee
 class Comparison:
@@ -26,7 +26,7 @@ class Comparison:
 
     def right(self, name) -> np.ndarray:
         "Seeds × pictures: 1 where the prediction is right."
-        return np.array([r['probs'].argmax(1) == r['targets'] if r['targets'].ndim == 1 else ((r['probs'] >= .5) == r['targets']).all(1) for r in self.runs[name]])
+        return np.array([right_of(r) for r in self.runs[name]])
 
     @property
     def table(self) -> pd.DataFrame:
@@ -62,7 +62,7 @@ class Comparison:
             if len(r['targets']) != len(first['targets']) or not np.array_equal(r['targets'], first['targets']) or r['files'] != first['files']:
                 raise CompareError(f'{r["name"]!r}, seed {r["seed"]}, was judged by other pictures than {a!r}: build the data once, or with the same seed each time.')
         if not seeds: raise CompareError(f'{a!r} and {b!r} have no seed in common.')
-        return [np.array([o['probs'].argmax(1) == o['targets'] if o['targets'].ndim == 1 else ((o['probs'] >= .5) == o['targets']).all(1) for o in part]) for part in runs]
+        return [np.array([right_of(r) for r in part]) for part in runs]
 
     def report(self, name, seed=None) -> Report:
         "The report of one run, by default of the first seed."

@@ -19,6 +19,7 @@ from ..evaluate.intervals import mean_interval
 from ..evaluate.report import Report
 from .paired import CompareError
 from .runs import Runs, do_run, report_of
+from ..train.frozen import targets_of
 
 # %% ../../nbs/64_experiment.crossval.ipynb #4d6934bf
 def fold_table(
@@ -84,18 +85,20 @@ class CrossValidation:
         items,  # Pictures, or a loader
     ) -> np.ndarray:
         "Probabilities of the folds' ensemble: the mean over their networks. Of folds that this process has trained."
-        if not self.learners: raise CompareError('the networks of these folds are gone with the process that trained them: cross_validate(..., folder=None), or train one on everything.')
-        total = 0
-        for learn in self.learners:
+        total, learners = 0, self._trained()
+        for learn in learners:
             dl = items if hasattr(items, 'one_batch') else learn.dls.test_dl(items)
             with learn.no_bar(), learn.no_logging(): total = total + to_np(learn.get_preds(dl=dl)[0])
-        return total / len(self.learners)
+        return total / len(learners)
+
+    def _trained(self):
+        if self.learners: return self.learners
+        raise CompareError('the networks of these folds are gone with the process that trained them, or were not kept: cross_validate(..., folder=None), or train one on everything.')
 
     def test(self) -> Report:
         "The ensemble on what was held out."
-        if not self.learners: self.predict([])
-        dl = self.learners[0].dls.held_out()
-        with self.learners[0].no_bar(), self.learners[0].no_logging(): targets = to_np(self.learners[0].get_preds(dl=dl)[1])
+        dl = self._trained()[0].dls.held_out()
+        targets = targets_of(dl).numpy()
         return Report(self.predict(dl), targets, self.classes, dl.dataset.items, confidence=self.confidence, title='test, by the ensemble of the folds')
 
     def __repr__(self): return f'{len(self.runs)} folds\n{self.table.round(4).to_string()}'
