@@ -94,6 +94,7 @@ class Comparison:
             at = np.arange(1, n + 1)
             ax.fill_between(at, curves.min(0), curves.max(0), color=f'C{i % 10}', alpha=.15, lw=0)
             ax.plot(at, curves.mean(0), color=f'C{i % 10}', marker='.', label=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel='epoch', ylabel=column)
         ax.legend(fontsize='small')
         return ax
