@@ -8,6 +8,8 @@ ROOMS  := $(sort $(wildcard nbs/*.ipynb))
 
 # One thread for each of the parallel workers: more only makes them fight for the cores.
 QUIET  := OMP_NUM_THREADS=1 IN_TEST=1 FTLIB_CACHE=$(abspath $(VENV))/cache
+# What is checked does not hang on which arithmetic was faster a moment ago; FTLIB_PRECISION=bf16 make notebooks tries the other.
+QUIET  += FTLIB_PRECISION=$(or $(FTLIB_PRECISION),fp32)
 # Warnings of libraries to their developers, kept out of saved outputs.
 QUIET  += PYTHONWARNINGS='ignore:IProgress not found,ignore:`torch.jit,ignore::DeprecationWarning'
 

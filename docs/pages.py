@@ -20,7 +20,7 @@ PAGES = ROOT / "docs" / "pages"
 SKIPPED = {"FrontmatterProc", "insert_warning", "add_links", "add_fold", "clean_show_doc"}
 PACKAGES = {
     "data": "data: files → batches", "models": "models: a name → a network", "train": "train: network + batches → trained",
-    "teach": "teach", "evaluate": "evaluate: a trained network → numbers to trust", "experiment": "experiment: one run → many", "deploy": "deploy", "": "the whole run",
+    "teach": "teach: more to learn from than labels", "evaluate": "evaluate: a trained network → numbers to trust", "experiment": "experiment: one run → many", "deploy": "deploy", "": "the whole run",
 }
 IN_TABLE = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "})
 

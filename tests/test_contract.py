@@ -19,6 +19,8 @@ from torch import nn
 
 import ftlib
 from ftlib.models.network import Body, Network, Normalize
+from ftlib.teach.distill import Distill
+from ftlib.teach.hints import Hints
 from ftlib.train.checkpoint import remembered
 from ftlib.train.fits import FiniteLoss
 from ftlib.train.groups import FrozenParts
@@ -30,7 +32,8 @@ from ftlib.train.stopping import EarlyStopping
 from ftlib.train.trackers import Follower, ReduceLROnPlateau
 
 # How those are made that want something said; the others are made of nothing.
-MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.)}
+MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
+          Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), Hints: lambda: Hints(TEACHER, 'fitnet')}
 # Every learner has the first ones; of `Follower` others are made, and `LRSweep` belongs to the rate finder
 NOT_GIVEN = {Recorder, Progress, EpochLog, FiniteLoss, FrozenParts, Follower, LRSweep}
 FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback, "EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
@@ -63,10 +66,17 @@ class Bomb(Callback):
         if name == self.moment and (name in ("before_fit", "after_fit") or self.learn.epoch == 1): raise self.error("here")
 
 
+def network():
+    def conv(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.ReLU())
+    return Network(Body(Normalize([.3], [.35]), dict(stem=conv(1, 8), stage1=conv(8, 16), pool=nn.Flatten()), 64, shapes=[(8, 4, 4), (16, 2, 2), (64,)]), nn.Linear(64, 10))
+
+
+TEACHER = network()
+
+
 def learner(path, cbs=None):
     set_seed(0)
-    def conv(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.ReLU())
-    net = Network(Body(Normalize([.3], [.35]), dict(stem=conv(1, 8), stage1=conv(8, 16), pool=nn.Flatten()), 64), nn.Linear(64, 10))
+    net = network()
     pairs = list(zip(X[:384], y[:384], strict=True))
     dls = DataLoaders.from_dsets(pairs[:256], pairs[256:], bs=64, device="cpu", num_workers=0)
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path, precision="fp32", cbs=cbs)

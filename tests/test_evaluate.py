@@ -72,7 +72,8 @@ def test_intervals_of_shares_and_means(given, level):
     row = report.table.loc["top1"]
     same([row.low, row.high], proportion_confint(row.right, row.total, 1 - level, "wilson"))
     losses = -np.log(given[0][np.arange(len(given[1])), given[1]])
-    same(report.table.loc["loss", ["low", "high"]], DescrStatsW(losses).tconfint_mean(1 - level))
+    low, high = DescrStatsW(losses).tconfint_mean(1 - level)
+    same(report.table.loc["loss", ["low", "high"]], [max(low, 0), high])  # a loss is never below 0
     table = report.per_class[report.per_class.pictures > 0]
     same(table[["recall low", "recall high"]].to_numpy().T, proportion_confint(table.right, table.pictures, 1 - level, "wilson"))
 

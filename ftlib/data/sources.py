@@ -237,7 +237,7 @@ def from_dataset(
 
 def from_mapping(
     mapping,       # {'image': …, 'label': …}, or {'train': a source, 'test': a source}
-    **columns,     # `path=`, `label=`: names of columns
+    **columns,     # `path=`, `label=`, `split=`: names of columns
 ) -> Source:
     "Arrays, lists, PIL pictures or bytes by column"
     by_column = isinstance(mapping, Mapping)
@@ -251,12 +251,14 @@ def from_mapping(
     columns_only = pd.DataFrame(columns=keys)
     item = _column(columns_only, "item", columns.get("path"))
     label = _column(columns_only, "label", columns.get("label"))
+    split = _column(columns_only, "split", columns.get("split"), need=False)
     features = getattr(mapping, "features", None) or {}
     # A table of the `datasets` package decodes a row's picture when the row is read.
     items = [Ref(mapping[item], i) if by_column else Ref(mapping, i, item) for i in range(len(mapping[label]))]
     if by_column and len(mapping[item]) != len(items):
         raise DataError(f"{len(mapping[item])} pictures but {len(items)} labels: give one label a picture.")
-    return _source(items, mapping[label], classes=getattr(features.get(label), "names", None))
+    splits = None if split is None else [split_name(v) for v in mapping[split]]
+    return _source(items, mapping[label], splits, classes=getattr(features.get(label), "names", None))
 
 # %% ../../nbs/02_data.sources.ipynb #8d423bf4
 def read_source(

@@ -31,6 +31,7 @@ def wilson(
 def mean_interval(
     values,                # One a picture, or one a seed
     confidence:float=.95,
+    within=(0., np.inf),   # What a mean can be; so far the interval goes
 ):                         # Mean, lower and upper end; ends are NaN where there is one value only
     "Student's interval of a mean."
     from scipy.stats import t
@@ -39,7 +40,7 @@ def mean_interval(
     mean = values.mean()
     if len(values) < 2: return mean, np.nan, np.nan
     half = t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return mean, mean - half, mean + half
+    return mean, *np.clip([mean - half, mean + half], *within)
 
 # %% ../../nbs/50_evaluate.intervals.ipynb #851b16d0
 def class_scores(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .intervals import EvaluateError, effective, mean_interval, wilson
-from .scores import checked, expected_error, reliability
+from .scores import by_class, checked, expected_error, reliability
 
 # %% ../../nbs/52_evaluate.multilabel.ipynb #7ede6ed6
 class MultiLabel:
@@ -53,7 +53,7 @@ class MultiLabel:
         whole = int(right.all(1).sum())
         low, high = wilson(whole, n, self.confidence)
         rows = {'all right': dict(value=whole / n, low=float(low), high=float(high), right=whole, total=n)}
-        rows['labels right'] = dict(zip(('value', 'low', 'high'), mean_interval(right.mean(1), self.confidence)), right=int(right.sum()), total=right.size)
+        rows['labels right'] = dict(zip(('value', 'low', 'high'), mean_interval(right.mean(1), self.confidence, (0, 1))), right=int(right.sum()), total=right.size)
         rows |= {name: dict(zip(('value', 'low', 'high'), o)) for name, o in self._f1().items()}
         rows['mean AP'] = dict(value=self.per_class['AP'].mean())
         for name, o in (('loss', self.losses), ('Brier', ((self.probs - self.targets) ** 2).mean(1))):
@@ -79,12 +79,7 @@ class MultiLabel:
         "A row a class: pictures that have it, found, recall and precision with intervals, F1, average precision."
         from sklearn.metrics import average_precision_score
         total, taken, right = self.targets.sum(0), self.predicted.sum(0), self.confusion['true positive'].to_numpy()
-        with np.errstate(invalid='ignore', divide='ignore'):
-            table = pd.DataFrame({'class': self.classes, 'pictures': total, 'right': right, 'recall': right / total})
-            table['recall low'], table['recall high'] = wilson(right, total, self.confidence)
-            table['precision'] = right / taken
-            table['precision low'], table['precision high'] = wilson(right, taken, self.confidence)
-            table['F1'] = 2 * right / (total + taken)
+        table = by_class(self.classes, total, taken, right, self.confidence)
         table['AP'] = [average_precision_score(t, p) if t.any() else np.nan for t, p in zip(self.targets.T, self.probs.T)]
         return table
 

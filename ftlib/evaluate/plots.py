@@ -46,22 +46,21 @@ def plot_confusion(
     ax=None,
 ):
     "True classes down, predicted ones across."
-    counts = confusion.to_numpy()
-    wrong = counts.copy()
-    if wrong.shape[0] == wrong.shape[1]: np.fill_diagonal(wrong, 0)
-    if len(counts) > most:
+    counts, whole = confusion.to_numpy(), len(confusion)
+    shown = counts / np.maximum(counts.sum(1, keepdims=True), 1) if share else counts
+    if whole > most and whole == counts.shape[1]:
+        wrong = counts - np.diag(counts.diagonal())
         at = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind='stable')[:most])
-        confusion = confusion.iloc[at, at]
+        confusion, shown = confusion.iloc[at, at], shown[np.ix_(at, at)]
     n, m = confusion.shape
     ax = _axes(ax, 1.8 + .42 * max(m, 4), 1.3 + .42 * n)
-    shown = confusion.to_numpy() / np.maximum(counts.sum(1)[at] if len(counts) > most else counts.sum(1), 1)[:, None] if share else confusion.to_numpy()
     ax.imshow(shown, cmap='Blues', vmin=0, vmax=1 if share else None, aspect='auto')
     top = 1 if share else max(shown.max(), 1)
     for i, j in zip(*np.nonzero(confusion.to_numpy())):
         ax.text(j, i, confusion.iat[i, j], ha='center', va='center', fontsize='small', color='white' if shown[i, j] > .6 * top else 'black')
     ax.set_xticks(range(m), confusion.columns, rotation=45, ha='right', rotation_mode='anchor')
     ax.set_yticks(range(n), confusion.index)
-    left = '' if n == len(counts) else f' ({n} of {len(counts)} classes: those with the most confusions)'
+    left = '' if n == whole else f' ({n} of {whole} classes: those with the most confusions)'
     ax.set(xlabel=(confusion.columns.name or '') + left, ylabel=confusion.index.name or '')
     return ax
 

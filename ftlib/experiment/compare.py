@@ -33,7 +33,7 @@ class Comparison:
         "A row a way: accuracy with Student's interval over the seeds, and the medians of what it took."
         rows = {}
         for name, runs in self.runs.items():
-            mean, low, high = mean_interval([r.mean() for r in self.right(name)], self.confidence)
+            mean, low, high = mean_interval([r.mean() for r in self.right(name)], self.confidence, (0, 1))
             mid = {k: np.median([r[k] for r in runs]) for k in ('seconds', 'bytes', 'parameters', 'trainable', 'epochs', 'best_epoch', 'images_per_second')}
             rows[name] = {'seeds': len(runs), 'accuracy': mean, 'low': low, 'high': high, 'seconds': mid['seconds'], 'peak MB': mid['bytes'] / 1e6,
                           'parameters': int(mid['parameters']), 'trainable': int(mid['trainable']), 'epochs': int(mid['epochs']), 'best epoch': int(mid['best_epoch']),
@@ -74,11 +74,13 @@ class Comparison:
         "Accuracy, each seed a point, against seconds."
         import matplotlib.pyplot as plt
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.8), layout='constrained')
-        for i, name in enumerate(self.table.index):
+        for name in self.table.index:
+            i = list(self.runs).index(name)  # the colours of `plot_curves`
             seconds, points = [r['seconds'] for r in self.runs[name]], self.right(name).mean(1)
             ax.plot(seconds, points, 'o', color=f'C{i % 10}', alpha=.45, ms=5)
             ax.plot(np.median(seconds), points.mean(), 'D', color=f'C{i % 10}', ms=8, label=name)
         ax.set(xscale='log', xlabel='seconds', ylabel='accuracy')
+        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter): axis(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '125' else '')
         ax.legend(fontsize='small')
         return ax
 

@@ -6,7 +6,7 @@
 __all__ = ['fold_table', 'CrossValidation', 'cross_validate']
 
 # %% ../../nbs/64_experiment.crossval.ipynb #c243f0fc
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -76,9 +76,9 @@ class CrossValidation:
     def table(self) -> pd.DataFrame:
         "Accuracy and loss: mean over the folds, Student's interval, least and most. Folds share most of their training pictures, so the interval is a little too narrow (Bengio & Grandvalet 2004)."
         rows = {}
-        for name in ('accuracy', 'loss'):
+        for name, within in (('accuracy', (0, 1)), ('loss', (0, np.inf))):
             values = self.folds[name]
-            rows[name] = dict(zip(('mean', 'low', 'high'), mean_interval(values, self.confidence)), least=values.min(), most=values.max())
+            rows[name] = dict(zip(('mean', 'low', 'high'), mean_interval(values, self.confidence, within)), least=values.min(), most=values.max())
         return pd.DataFrame.from_dict(rows, orient='index')
 
     def predict(self,
@@ -144,19 +144,16 @@ def cross_validate(
     for repeat in range(repeats):
         inside[f'fold {repeat}'] = folds = fold_table(inside, k, groups, seed + repeat)
         for fold in range(k):
-            rows, kept = np.flatnonzero(folds == fold), []
-            def train(s, rows=rows, kept=kept):
-                table = pd.concat([inside.assign(split=np.where(np.isin(np.arange(len(inside)), rows), 'valid', 'train')), held])
-                dls = image_data(pd.DataFrame({'item': list(table['item']), 'label': list(table['label']), 'split': list(table['split'])}), path='item', label='label', split='split',
-                                 seed=seed, names=names, **data)
-                kept.append(way(dls, s))
-                return kept[-1]
-            name = f'fold {fold} of {k}, repeat {repeat}'
-            run = runs.get(name, seed)
-            if run is None or not np.array_equal(run['rows'], rows) or run['of'] != runs.of(way):
-                run = runs.add(name, seed, None, do_run(train, seed + repeat * k + fold) | dict(rows=rows, fold=fold, repeat=repeat, of=runs.of(way)))
+            rows, name = np.flatnonzero(folds == fold), f'fold {fold} of {k}, repeat {repeat}'
+            table = pd.concat([inside.assign(split=np.where(folds == fold, 'valid', 'train')), held])[['item', 'label', 'split']]
+            train = partial(way, image_data(table, path='item', label='label', split='split', seed=seed, names=names, **data))
+            run = runs.get(name, seed, train)
+            if run is None:
+                def kept(s, train=train):
+                    learners.append(train(s))
+                    return learners[-1]
+                run = runs.add(name, seed, train, do_run(kept if keep else train, seed + repeat * k + fold) | dict(rows=rows, fold=fold, repeat=repeat))
                 say(f'{name}: {report_of(run).lines()[0]} in {run["seconds"]:.1f} s')
             done.append(run)
-            if keep: learners += kept
     if len(learners) < len(done): learners = []
     return CrossValidation(done, inside, classes, learners)

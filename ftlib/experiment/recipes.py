@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'feature_extractor', 'fine_tune', 'from_scratch', 'gradual_unfreezing', 'probe_then_fine_tune', 'trainer',
-           'recipes', 'probes']
+           'recipes', 'probes', 'distillation']
 
 # %% ../../nbs/63_experiment.recipes.ipynb #ab48b1bb
 from functools import partial
@@ -12,8 +12,10 @@ from functools import partial
 import numpy as np
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from fastcore.foundation import L
 
 from .paired import CompareError
+from ..teach.distill import Distill
 from ..train.vision import vision_learner
 
 # %% ../../nbs/63_experiment.recipes.ipynb #e765485b
@@ -21,12 +23,6 @@ def _rate(learn, ratios=None):
     "What a sweep suggests"
     found = learn.lr_find(show_plot=False, ratios=ratios).suggested
     return float(found) if np.isfinite(found) else 1e-3
-
-
-def _everything(learn, epochs):
-    learn.unfreeze()
-    lr = _rate(learn, slice(1e-2, 1.))
-    learn.fit_one_cycle(epochs, slice(lr / 100, lr))
 
 
 def feature_extractor(learn, epochs):
@@ -37,7 +33,9 @@ def feature_extractor(learn, epochs):
 
 def fine_tune(learn, epochs):
     "Everything from the start, early stages at a hundredth of the head's rate."
-    _everything(learn, epochs)
+    learn.unfreeze()
+    lr = _rate(learn, slice(1e-2, 1.))
+    learn.fit_one_cycle(epochs, slice(lr / 100, lr))
 
 
 def from_scratch(learn, epochs):
@@ -47,7 +45,7 @@ def from_scratch(learn, epochs):
 
 
 def gradual_unfreezing(learn, epochs):
-    "One stage after another, from the head down (Howard & Ruder 2018); at least an epoch for each, so that many stages want many."
+    "One stage after another, from the head down (Howard & Ruder 2018), the epochs shared out among them; where there are fewer epochs, several stages at once."
     learn.freeze()
     lr, k = _rate(learn), len(learn.opt.param_lists)
     for n, some in enumerate(np.array_split(np.arange(epochs), min(k, epochs)), 1):
@@ -59,7 +57,7 @@ def probe_then_fine_tune(learn, epochs):
     "The head alone for half of the epochs, then everything (LP-FT, Kumar et al. 2022): a new head's first steps don't spoil the body."
     if epochs < 2: raise CompareError(f'epochs={epochs}: the head and then everything take 2 or more.')
     feature_extractor(learn, epochs // 2)
-    _everything(learn, epochs - epochs // 2)
+    fine_tune(learn, epochs - epochs // 2)
 
 
 # name → what trains a learner for so many epochs
@@ -106,3 +104,20 @@ def probes(
     "A linear probe of each network: which body knows most of these pictures already? The body runs once for each view of a picture, whatever the number of seeds."
     archs = archs if isinstance(archs, dict) else dict.fromkeys(archs, 'imagenet')
     return {str(a): partial(trainer('feature extractor', a, w, epochs, **kwargs), dls) for a, w in archs.items()}
+
+# %% ../../nbs/63_experiment.recipes.ipynb #26fd94ee
+def distillation(
+    dls,                       # The data
+    arch,                      # The student, as for `trainer`
+    teacher,                   # A trained learner
+    weights='imagenet',        # The student's, as for `vision_learner`
+    recipe:str='fine-tune',    # Of `RECIPES`
+    epochs:int=5,
+    T:float=4., alpha:float=.9, loss='kd',  # As for `Distill`
+    **kwargs,                  # More arguments of `vision_learner`
+) -> dict:                     # name → function of a seed, for `compare`
+    "Teacher, student alone, student distilled. The teacher is there already: its seconds are none."
+    def as_it_is(seed): return teacher
+    ways = {name: partial(trainer(recipe, arch, weights, epochs, **kwargs | dict(cbs=cbs)), dls) for name, cbs in
+            (('student alone', kwargs.get('cbs')), ('student distilled', [*L(kwargs.get('cbs')), Distill(teacher, T, alpha, loss)]))}
+    return {'teacher': as_it_is} | ways

@@ -24,6 +24,7 @@ from ..evaluate.report import Report, batches_of
 from .paired import CompareError
 from ..train.identity import described
 from ..train.metrics import lower_is_better
+from ..train.transaction import evaluating
 from ..train.packed import DamagedError, read_packed, write_packed
 
 # %% ../../nbs/61_experiment.runs.ipynb #e7988592
@@ -59,13 +60,12 @@ def images_per_second(
 ) -> float:
     "How many pictures the network takes in a second, without reading or augmenting them."
     batch = to_device(learn.dls.valid.one_batch()[0], next(learn.model.parameters()).device).as_subclass(torch.Tensor)
-    was, best = learn.model.training, float('inf')
-    learn.model.eval()
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        float(learn.model(batch).sum())
-        best = min(best, time.perf_counter() - start)
-    learn.model.train(was)
+    best = float('inf')
+    with evaluating(learn.model):
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            float(learn.model(batch).sum())
+            best = min(best, time.perf_counter() - start)
     return len(batch) / best
 
 # %% ../../nbs/61_experiment.runs.ipynb #a6081af2
@@ -116,7 +116,7 @@ class Runs:
                 except (DamagedError, OSError) as e: warnings.warn(f'{e} It is done again.')
         run = self.known.get((name, seed))
         if run is not None and way is not None and run['way'] and self.of(way) and run['way'] != self.of(way):
-            raise CompareError(f'{name!r} in {self.folder or "this table"} was made by another function: take another name or folder.')
+            raise CompareError(f'{name!r} in {self.folder or "this table"} was made by another function or of other data: take another name or folder.')
         return run
 
     def add(self, name, seed, way, run):

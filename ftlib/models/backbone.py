@@ -8,7 +8,7 @@ __all__ = ['published', 'TokenMean', 'MapPool', 'backbone', 'create_network']
 # %% ../../nbs/15_models.backbone.ipynb #e76bf2f9
 import torch
 import torchvision
-from functools import partial
+from functools import cache, partial
 from fastai.layers import AdaptiveConcatPool2d, apply_init
 from fastai.vision.learner import create_head, has_pool_type
 from pathlib import Path
@@ -100,7 +100,12 @@ def _load_file(net, a, file):
     except WeightsError as e:
         if known is None: raise
         raise WeightsError(f'{e} The file name is that of {known}.') from e
-    if left: print(f'{Path(file).name}: left out the old head ({", ".join(left[:4])}{" …" if len(left) > 4 else ""})')
+    if left: _say_once(str(file), f'{Path(file).name}: left out the old head ({", ".join(left[:4])}{" …" if len(left) > 4 else ""})')
+
+@cache
+def _say_once(file, line):
+    "The next network with this file needs not be told again"
+    print(line)
 
 # %% ../../nbs/15_models.backbone.ipynb #771207d2
 class TokenMean(nn.Module):

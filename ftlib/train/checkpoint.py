@@ -24,7 +24,7 @@ from torch import nn
 from ..data.cache import IdentityError, digest, picture_name
 from .groups import TrainError
 from .frozen import targets_of
-from .identity import described
+from .identity import described, weights_name
 from .metrics import checked_mode, lower_is_better
 from .packed import DamagedError, PackError, pack, read_packed, write_packed
 from .precision import Arithmetic
@@ -102,8 +102,15 @@ def course(
 def _setting(cb):
     "A callback and what it was made with, as far as that is plain"
     given = {k: vars(cb)[k] for k in inspect.signature(type(cb).__init__).parameters if k in vars(cb)}
-    told = ', '.join(f'{k}={v!r}' for k, v in given.items() if v is None or isinstance(v, (bool, int, float, str)))
-    return f'{type(cb).__name__}({told})'
+    told = {k: repr(v) for k, v in given.items() if v is None or isinstance(v, (bool, int, float, str))}
+    told |= {k: weights_name(*nets)[:8] for k, v in given.items() if (nets := _networks(v))}
+    return f'{type(cb).__name__}({", ".join(f"{k}={v}" for k, v in told.items())})'
+
+
+def _networks(v):
+    "The networks that are in an argument: modules, learners, or lists of them"
+    found = [getattr(o, 'model', o) for o in (v if isinstance(v, (list, tuple)) else [v])]
+    return found if all(isinstance(o, nn.Module) for o in found) else []
 
 
 def _told(o):

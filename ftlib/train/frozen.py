@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING_FROZEN', 'STORE', 'FeatureDL', 'targets_of', 'looks_at_pictures', 'MixFeatures', 'why_pictures', 'is_random',
-           'features_of', 'on_features']
+           'features_of', 'outputs_of', 'on_features']
 
 # %% ../../nbs/31_train.frozen.ipynb #1a491f0a
 import copy
@@ -19,6 +19,7 @@ from fastai.callback.hook import HookCallback
 from fastai.callback.mixup import MixUp
 from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize
+from fastai.torch_core import unsqueeze
 from fastai.vision.augment import RandTransform
 from fastcore.foundation import GetAttr
 from fastprogress.fastprogress import progress_bar
@@ -44,8 +45,10 @@ class FeatureDL(GetAttr):
         names,            # The pictures' names, in the order of the data set
         targets,          # Class numbers, in the same order
         turn:int=0,       # The one that the first pass takes
+        numbers=None,     # Of the views, as for `features_of`
     ):
         self.dl, self.views, self.names, self.targets, self.turn = dl, views, names, targets, turn
+        self.numbers, self.view, self.at = list(numbers or range(len(views))), None, None
         self.places = [v.places(names) for v in views]
 
     def __len__(self): return len(self.dl)
@@ -56,18 +59,18 @@ class FeatureDL(GetAttr):
     def rng(self, value): self.dl.rng = value
 
     def __iter__(self):
-        view, places = (o[self.turn % len(self.views)] for o in (self.views, self.places))
+        view, places, self.view = (o[self.turn % len(self.views)] for o in (self.views, self.places, self.numbers))
         self.turn += 1
         order, bs = torch.tensor(_order(self.dl)), self.dl.bs
         for i in range(0, len(self) * bs, bs):
-            at = order[i:i + bs]
+            self.at = at = order[i:i + bs]  # whose features they are, for who knows more of these pictures
             x, y = view.take(places[at]), self.targets[at]
             yield x.to(self.dl.device, torch.float32), y.to(self.dl.device)
 
     def new(self, dataset=None, **kwargs):
         "Another loader of the same features; of pictures, where there is another data set"
         new = self.dl.new(dataset, **kwargs)
-        return new if dataset is not None else FeatureDL(new, self.views, self.names, self.targets, self.turn)
+        return new if dataset is not None else FeatureDL(new, self.views, self.names, self.targets, self.turn, self.numbers)
 
     def one_batch(self):
         return next(iter(self.new(num_workers=0)))
@@ -109,6 +112,15 @@ def looks_at_pictures(
 class MixFeatures(MixUp):
     "MixUp (Zhang et al. 2018) of what the frozen part makes of pictures, as manifold mixup does (Verma et al. 2019); of pictures where nothing is frozen."
     pictures = False
+
+    def before_batch(self):
+        "As in MixUp; `partner` says with which row each was mixed"
+        yb, self.learn.yb = self.learn.yb, (torch.arange(len(self.x), dtype=torch.float32, device=self.x.device),)
+        try: super().before_batch()
+        finally: self.learn.yb = yb
+        self.partner = self.yb1[0].long()
+        self.yb1 = tuple(y[self.partner] for y in yb)
+        if not self.stack_y: self.learn.yb = tuple(torch.lerp(b, a, unsqueeze(self.lam, n=a.ndim - 1)) for a, b in zip(yb, self.yb1))
 
 
 def _mentioned(code):
@@ -154,8 +166,7 @@ def is_random(
 
 def features_of(
     net,             # A `Network`
-    dl,              # A loader over `Datasets`
-    names,           # Of its pictures, by `picture_name`
+    dl, names,       # As for `outputs_of`
     view:int=0,      # Which of the random views
     precision='fp32', # Of the computation; features are kept in bfloat16
     store=STORE,     # Where features are kept
@@ -163,30 +174,40 @@ def features_of(
 ) -> Features:       # With a row for each picture
     "What the frozen stages of `net` make of the pictures in `dl`; what is not there yet is computed."
     if dl.device is not None: net.to(dl.device)  # where training will have it
-    frozen = nn.Sequential(net.body.normalize, *net.stages[:net.frozen])
+    return outputs_of(nn.Sequential(net.body.normalize, *net.stages[:net.frozen]), dl, names, view, precision, store, bar)
+
+
+def outputs_of(
+    net,             # A module that takes a batch of pictures
+    dl,              # A loader over `Datasets`
+    names,           # Of its pictures, by `picture_name`
+    view:int=0, precision='fp32', store=STORE, bar:bool=False,  # As for `features_of`
+    dtype=torch.bfloat16,  # In which they are kept
+) -> Features:       # With a row for each picture
+    "What `net`, as it is now, makes of the pictures in `dl`: of the same `view` the same pictures, whatever the network."
     seed = getattr(dl, 'seed', 0), view
-    found = store.features(digest(weights_name(*frozen), described(_chain(dl)), f'{seed if is_random(dl) else ""} {precision}'))
+    found = store.features(digest(weights_name(net), described(_chain(dl)), f'{seed if is_random(dl) else ""} {precision} {dtype}'))
     lacking = found.missing(names)
     if lacking:
         todo = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: lacking, n=len(lacking), bs=min(dl.bs, len(lacking)))
         with seeded(*seed):
             todo.rng = random.Random(random.getrandbits(64))
-            _fill(frozen, progress_bar(todo, leave=False) if bar else todo, [names[i] for i in lacking], found, precision, store)
+            _fill(net, progress_bar(todo, leave=False) if bar else todo, [names[i] for i in lacking], found, precision, store, dtype)
     return found
 
 
 @torch.no_grad()
-def _fill(frozen, batches, names, found, precision, store):
+def _fill(net, batches, names, found, precision, store, dtype):
     "Lets the pictures of the batches through, and keeps what comes out under their `names`"
     def plain(batch): return batch[0].as_subclass(torch.Tensor)
     batches = iter(batches)
     x, at = plain(next(batches)), 0
-    fast = folded(frozen, x[:2])
+    fast = folded(net, x[:2])
     way = fastest(fast, x[:8], None, lambda out, y: out.square().mean()) if precision == 'auto' else as_arithmetic(precision)
     way.place(fast)
     with way.autocast(x.device):
         out = fast(way.laid_out(x))
-        with store.block(found, names, out.shape[1:]) as block:
+        with store.block(found, names, out.shape[1:], dtype) as block:
             while True:
                 block[at:at + len(out)] = out
                 at += len(out)
@@ -235,7 +256,7 @@ def _loaders(learn, train, valid, views, store):
         names, turns = [picture_name(o) for o in dl.dataset.tls[0].items], dict.fromkeys(t % n for t in train) if i == 0 else [0]
         bar = shows_bars() and not getattr(getattr(learn, 'progress', None), 'hidden', True)
         found = [features_of(learn.model, dl, names, v, getattr(learn, 'precision', 'fp32'), store, bar) for v in turns]
-        loaders[i] = FeatureDL(dl, found, names, targets_of(dl))
+        loaders[i] = FeatureDL(dl, found, names, targets_of(dl), numbers=turns)
         loaders[i].fill_seconds = time.perf_counter() - start
         loaders[i].fill_bytes = sum(v.nbytes for v in found)
     return loaders

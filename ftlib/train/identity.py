@@ -8,7 +8,7 @@ __all__ = ['weights_name', 'described']
 # %% ../../nbs/28_train.identity.ipynb #af138a0b
 import hashlib
 import inspect
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 
@@ -28,7 +28,7 @@ def weights_name(
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
         h.update(str(part).encode())
-        h.update(str(getattr(part, 'code', '')).encode())  # of a traced stage
+        for m in part.modules(): h.update(str(getattr(m, 'code', '')).encode())  # of a traced stage
         for name, t in part.state_dict().items():
             if name.endswith('num_batches_tracked'): continue
             t = t.detach().cpu().contiguous()
@@ -83,11 +83,17 @@ def _class(cls):
     return f'{name} {digest(*own)}'
 
 
+@cache
+def _arguments(cls):
+    "What a library's class is made with; a split is set as it runs"
+    return {n for c in cls.__mro__ if '__init__' in vars(c) for n in inspect.signature(c.__init__).parameters} - {'split_idx'}
+
+
 def _settings(o):
     "The attributes that say what it does"
     kept = vars(o)
     if isinstance(o, Pipeline): kept = {'fs': o.fs}
     elif _is_known(type(o)):
-        given = {n for c in type(o).__mro__ if '__init__' in vars(c) for n in inspect.signature(c.__init__).parameters}
-        kept = {k: v for k, v in kept.items() if k in given - {'split_idx'} or k == 'encodes'}  # a split is set as it runs
+        given = _arguments(type(o))
+        kept = {k: v for k, v in kept.items() if k in given or k == 'encodes'}
     return ', '.join(f'{k}={described(v)}' for k, v in sorted(kept.items()) if k != '__signature__')

@@ -173,7 +173,7 @@ class Learner(Fits):
         suggest_funcs=None,   # fastai's suggestion functions: their answers are given instead
         ratios=None,          # Relative rates of the parameter groups, as `slice(1e-2, 1)`; rates given are the head's
     ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`
-        "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …`. Nothing of the learner changes."
+        "Sweep the learning rate in a mock training; says `Minimum/10: …, steepest point: …` (not within `no_logging`). Nothing of the learner changes."
         with self._seeded(), self._on_features((0,), valid=False):
             return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios)
 

@@ -21,6 +21,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from .lr_curve import CurveError, LRCurve
+from .progress import say
 from .schedule import RateError, check_rates, group_lrs
 from .transaction import untouched
 
@@ -143,14 +144,13 @@ def find_lr(
     show_plot:bool=True,      # Draw it
     suggest_funcs=None,       # fastai's suggestion functions: their answers are given instead
     ratios=None,              # Relative rates of the parameter groups, as `slice(1e-2, 1)`
-    quiet:bool=False,         # Don't print the line
 ):
     "See `Learner.lr_find`."
     lo, hi = check_rates([start_lr, end_lr], (start_lr, end_lr))
     if not lo < hi: raise RateError(f'start_lr must be below end_lr, got {start_lr} and {end_lr}.')
     if num_it < 10: raise RateError(f'num_it={num_it} steps are too few for a curve: take 50 or more.')
     found = FoundLRs.read(sweep(learn, np.geomspace(lo, hi, num_it), ratios, stop_div))
-    if not quiet: print(found.reading.verdict)
+    say(learn, found.reading.verdict)
     if show_plot: found.plot()
     if suggest_funcs is None: return found
     funcs = L(suggest_funcs)

@@ -129,7 +129,8 @@ def fastest(
     net, x, y, loss_func,  # See `measure`
     say=None,              # Called with a line when something was measured
 ) -> Arithmetic:
-    "The way that was found best for this machine, network and size; measured where it is not known yet."
+    "What `$FTLIB_PRECISION` says, or the way that was found best for this machine, network and size; measured where it is not known yet."
+    if (given := os.environ.get('FTLIB_PRECISION', 'auto')) != 'auto': return as_arithmetic(given)
     what = [str(net), *(f'{n} {p.requires_grad}' for n, p in net.named_parameters())]
     key = digest(machine(), *what, str(tuple(x.shape[1:])), str(x.device.type))
     path, known = _remembered()

@@ -65,6 +65,7 @@ class Stepping(Grouped):
     "`Grouped` with a step that chooses its arithmetic, and takes a batch in parts of `most` pictures once memory has run out."
     precision, arithmetic, most = 'auto', None, None  # see `Learner`
     _device = None  # where the network was at the first batch of a pass
+    part = slice(None)  # of the batch, that is in the network now
     folds, _folded = False, None  # whether a pass is to fold norms; the copy that then stands in for the network
 
     def __call__(self, event_name):
@@ -142,7 +143,8 @@ class Stepping(Grouped):
         xb, yb, preds, losses = self.xb, self.yb, [], []
         try:
             for i in range(0, n, self.most):
-                self.xb, self.yb = (tuple(o[i:i + self.most] for o in b) for b in (xb, yb))
+                self.part = slice(i, i + self.most)
+                self.xb, self.yb = (tuple(o[self.part] for o in b) for b in (xb, yb))
                 self._score()
                 preds.append(self.pred.detach())
                 if not len(yb): continue
@@ -151,7 +153,7 @@ class Stepping(Grouped):
                 if not self.training: continue
                 self.loss_grad = self.loss_grad * share
                 self._with_events(self._backward, 'backward', CancelBackwardException)
-        finally: self.xb, self.yb = xb, yb
+        finally: self.xb, self.yb, self.part = xb, yb, slice(None)
         self.pred = torch.cat(preds)
         if losses: self.loss = torch.stack(losses).sum() if losses[0].ndim == 0 else torch.cat(losses)
         if not self.training or not losses: return

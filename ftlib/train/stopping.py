@@ -12,7 +12,8 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 
 from .groups import TrainError
-from .trackers import Follower, say
+from .progress import say
+from .trackers import Follower
 from .transaction import put_trained, trained_state
 
 # %% ../../nbs/40_train.stopping.ipynb #f17ad5a5

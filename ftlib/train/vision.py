@@ -10,10 +10,11 @@ import copy
 import warnings
 
 import torch
-from fastai.data.transforms import Normalize, get_c
+from fastai.data.transforms import get_c
 from fastai.optimizer import Adam
 from torch import nn
 
+from ..data.loader import normalization
 from ..models.backbone import create_network
 from ..models.network import Network
 from .groups import TrainError
@@ -44,7 +45,7 @@ def vision_learner(
     n_out = n_out or get_c(dls)
     if not n_out: raise TrainError('how many classes? The data does not say (no `dls.c`, no `dls.vocab`): pass n_out=.')
     if not pretrained: weights = None
-    if normalize and _normalised(dls):
+    if normalize and normalization(dls.train) is not None:
         normalize = False
         warnings.warn('the batches are normalised already, so the network will not do it again; `image_data` leaves it to the network.')
     if isinstance(arch, Network): net, weights = _fitting(arch, n_out), None
@@ -74,11 +75,6 @@ def _as_many_as_fit(learn):
 def _size_of(dls):
     "The side of the pictures, where the data tells it: a network that can't take them says so now"
     return dict(input_size=dls.size) if isinstance(getattr(dls, 'size', None), int) else {}
-
-
-def _normalised(dls):
-    "Do the batches go through fastai's Normalize?"
-    return any(isinstance(f, Normalize) for f in getattr(dls.train.after_batch, 'fs', []))
 
 
 def _fitting(net, n_out):
