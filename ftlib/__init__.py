@@ -50,6 +50,7 @@ _ROOMS = {
     "experiment.compare": "compare Comparison",
     "experiment.recipes": "RECIPES recipes probes distillation trainer",
     "experiment.crossval": "cross_validate CrossValidation",
+    "experiment.few_labels": "label_curve LabelCurve",
     "recipe": "fine_tune_run Run RunError RunFailed",
 }
 

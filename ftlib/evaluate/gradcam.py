@@ -88,9 +88,8 @@ def plot_grad_cam(self:Learner,
     worst = report.errors.head(n)
     if not len(worst): raise EvaluateError('this report has no mistakes.')
     items = [report.items[i] for i in worst.index]
-    seen, for_prediction, _ = self.grad_cam(items, worst['prediction'], at)
-    for_label = self.grad_cam(items, worst['label'], at)[1]
-    shown = [*seen, *(_heat(x, m) for maps in (for_prediction, for_label) for x, m in zip(seen, maps))]
+    seen, maps, _ = self.grad_cam(items * 2, [*worst['prediction'], *worst['label']], at)
+    shown = [*seen[:len(worst)], *map(_heat, seen, maps)]
     said = [report.name_of(i) for i in worst.index]
     for column, p in (('prediction', 'probability'), ('label', "label's")): said += [f'{column} {c} {v:.2f}' for c, v in zip(worst[column], worst[p])]
     return plot_pictures(shown, said, len(worst))

@@ -59,6 +59,12 @@ def _from_fastai(want, state):
     if _shapes(body) != _shapes(want): return {}
     return {**in_order(want, body), **rest}
 
+def _from_sequence(net, state):
+    "`nn.Sequential(*net.children())` numbers its layers."
+    names = [n for n, _ in net.named_children()]
+    def name(m): return names[int(m[0])] if int(m[0]) < len(names) else m[0]
+    return {re.sub(r'^\d+(?=\.)', name, k): v for k, v in state.items()}
+
 def _shapes(state): return [v.shape for k, v in state.items() if _is_learned(k, v)]
 
 # %% ../../nbs/13_models.weights.ipynb #cb8b3ec9
@@ -71,7 +77,8 @@ def load_state(net: nn.Module,         # A network without its classifier
     "Load all of `net` from `state`, whatever prefixes it has. Raises `WeightsError`, and then nothing is loaded."
     want = net.state_dict()
     plain = unwrapped(state)
-    best = max((*peeled(plain), *peeled(_modern(plain)), _from_fastai(want, plain)), key=lambda s: _matches(want, s))
+    named = *peeled(plain), *peeled(_modern(plain)), _from_fastai(want, plain), *(_from_sequence(net, s) for s in peeled(plain))
+    best = max(named, key=lambda s: sum(_is_learned(k, want[k]) for k in _matches(want, s)))
     best = _first_layer(want, best)
     missing = [k for k in want if k not in best and _is_learned(k, want[k])]
     shapes = [k for k in want if k in best and best[k].shape != want[k].shape]
@@ -79,14 +86,14 @@ def load_state(net: nn.Module,         # A network without its classifier
     strange = _strange(want, left, best, classifier)
     if missing or shapes or strange:
         found = '; '.join(_differences(want, best, missing, shapes, strange))
-        raise WeightsError(f'{source} do not fit {name or type(net).__name__}: {_matches(want, best)} of {len(want)} tensors '
+        raise WeightsError(f'{source} do not fit {name or type(net).__name__}: {len(_matches(want, best))} of {len(want)} tensors '
                            f'match; {found}. Are they of another architecture?')
     want.update({k: v for k, v in best.items() if k in want})
     net.load_state_dict(want) # the network's own dict, with the versions that some layers ask for
     return left
 
 # %% ../../nbs/13_models.weights.ipynb #fff71a12
-def _matches(want, state): return sum(k in want and want[k].shape == v.shape for k, v in state.items())
+def _matches(want, state): return [k for k, v in state.items() if k in want and want[k].shape == v.shape]
 
 def _is_learned(key, tensor):
     "Counters and index tables are made by the network itself, everything else must come from the weights."
