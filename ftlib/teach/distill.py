@@ -20,7 +20,7 @@ from ..models.folded import folded
 from .losses import as_loss, into_loss
 from ..train.frozen import FeatureDL, outputs_of
 from ..train.groups import TrainError
-from ..train.precision import as_arithmetic, fastest
+from ..train.precision import placed
 from ..train.progress import say
 
 # %% ../../nbs/43_teach.distill.ipynb #be74f47b
@@ -164,9 +164,7 @@ class Distill(Callback):
         x = x.detach().as_subclass(torch.Tensor)
         if self.way is None:
             self.net = folded(self.net, x[:2])
-            self.way = as_arithmetic('fp32')
-            if getattr(self.learn, 'precision', 'fp32') == 'auto': self.way = fastest(self.net, x[:8], None, lambda out, y: out.square().mean())
-            self.way.place(self.net)
+            self.way = placed(self.net, x, getattr(self.learn, 'precision', 'fp32'))
         with self.way.autocast(x.device): return to_float(self.net(self.way.laid_out(x)))
 
     def after_fit(self): self.net = self.kept = self.way = None

@@ -30,7 +30,7 @@ from ..data.loader import LabelOf, PictureDL, seeded
 from ..models.folded import folded
 from ..models.network import Network
 from .identity import described, weights_name
-from .precision import as_arithmetic, fastest
+from .precision import placed
 from .progress import shows_bars
 from .store import Features, FeatureStore
 
@@ -203,8 +203,7 @@ def _fill(net, batches, names, found, precision, store, dtype):
     batches = iter(batches)
     x, at = plain(next(batches)), 0
     fast = folded(net, x[:2])
-    way = fastest(fast, x[:8], None, lambda out, y: out.square().mean()) if precision == 'auto' else as_arithmetic(precision)
-    way.place(fast)
+    way = placed(fast, x, precision)
     with way.autocast(x.device):
         out = fast(way.laid_out(x))
         with store.block(found, names, out.shape[1:], dtype) as block:
