@@ -29,6 +29,7 @@ _ROOMS = {
     "train.lr_curve": "LRCurve CurveError",
     "train.metrics": "MetricError top_k",
     "train.frozen": "MixFeatures",
+    "train.precision": "Arithmetic PrecisionError",
     "train.groups": "TrainError",
     "train.checkpoint": "Checkpoint CheckpointError checkpoints load_checkpoint",
     "train.trackers": "ReduceLROnPlateau SaveModelCallback CSVLogger",
