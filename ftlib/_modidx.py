@@ -753,6 +753,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ftlib/teach/rotation.py'),
                                       'ftlib.teach.rotation.Learner.show_turns': ( 'teach.rotation.html#learner.show_turns',
                                                                                    'ftlib/teach/rotation.py'),
+                                      'ftlib.teach.rotation._predict': ('teach.rotation.html#_predict', 'ftlib/teach/rotation.py'),
                                       'ftlib.teach.rotation._table': ('teach.rotation.html#_table', 'ftlib/teach/rotation.py'),
                                       'ftlib.teach.rotation.four_turns': ('teach.rotation.html#four_turns', 'ftlib/teach/rotation.py'),
                                       'ftlib.teach.rotation.rotation_learner': ( 'teach.rotation.html#rotation_learner',

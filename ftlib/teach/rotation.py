@@ -6,6 +6,8 @@
 __all__ = ['TURNS', 'four_turns', 'FourTurns', 'rotation_learner']
 
 # %% ../../nbs/45_teach.rotation.ipynb #2b0eaac4
+from functools import partial
+
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
@@ -61,7 +63,16 @@ def rotation_learner(
     metrics = kwargs.pop('metrics', accuracy)
     learn = vision_learner(dls, arch, n_out=4, weights=weights, loss_func=kwargs.pop('loss_func', CrossEntropy()), metrics=metrics, seed=seed, **kwargs)
     learn.add_cb(FourTurns())
+    learn.predict = partial(_predict, learn)
     return learn
+
+
+def _predict(learn, item, rm_type_tfms=None, with_input=False):
+    "As `Learner.predict`, but the classes are turns, not those of the data"
+    dl = learn.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
+    probs = learn.get_preds(dl=dl)[0][0]
+    found = TURNS[probs.argmax()], probs.argmax(), probs
+    return (as_pictures(dl, dl.one_batch()[0])[0], *found) if with_input else found
 
 
 def _table(pictures):
