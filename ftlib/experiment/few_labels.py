@@ -52,7 +52,7 @@ class LabelCurve:
     @property
     def table(self) -> pd.DataFrame:
         "A row a start and number of labels: accuracy with Student's interval over the seeds, seconds."
-        parts = {n: self.at(n).table.loc[list(self.at(n).runs), ['seeds', 'accuracy', 'low', 'high', 'seconds']] for n in self.labels}
+        parts = {n: (found := self.at(n)).table.loc[list(found.runs), ['seeds', 'accuracy', 'low', 'high', 'seconds']] for n in self.labels}
         return pd.concat(parts, names=['labels', 'start'])
 
     def plot(self, ax=None):
