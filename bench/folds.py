@@ -10,7 +10,7 @@ import time
 
 import pandas as pd
 import torch
-from accuracy import fastai_batches, fastai_head
+from learners import fastai_batches, fastai_head
 from fastai.callback.progress import ProgressCallback
 from fastai.vision import all as fv
 from results import Results, arguments

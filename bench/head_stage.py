@@ -11,7 +11,7 @@ import time
 from itertools import product
 
 import torch
-from accuracy import fastai_learner, ftlib_learner
+from learners import fastai_learner, ftlib_learner
 from fastai.callback.progress import ProgressCallback
 from results import Results, arguments
 

@@ -1,94 +1,96 @@
-"""What the learning rates that a sweep suggests lead to: accuracy after one cycle at each, beside a grid of 12 rates.
+"""What a suggested learning rate leads to: the accuracy of a fit with it, divided by that of the best of a grid of seven, 1e-4 to 1e-1.
 
-The head of a frozen network, on kept features, or with `--unfrozen` everything at one rate: ftlib's suggestions and fastai's four out of sweeps of the same network in the same state, with
-their defaults, and then the same three epochs at each rate. Suggestions of none count as the lowest rate of the grid, which is what
-a user who is told nothing might take. Our curves are kept beside the table.
+`frozen` is a new head on cached features. `unfrozen` starts from a trained head, with a hundredth of the head's learning rate for the first
+stage. Every fit of a row starts from the same weights. Beside `suggested` stand fastai's `valley`, out of its own sweep of the same network in the
+same state, and two fits at the usual learning rate that differ in nothing but the seed: their difference is what chance does to such a share.
+Large sets are cut to `--images` training images and `--valid` validation images.
 """
 
-import time
+import copy
+import tempfile
 from itertools import product
 
 import numpy as np
 import torch
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import valley
+from fastai.learner import Learner
 from fastai.metrics import accuracy
-from lr_finder import FASTAI, by_fastai, by_ftlib, read
+from fine_tune import chosen
 from results import Results, arguments
 
 import ftlib
+from ftlib.train.frozen import on_features
+from ftlib.train.lr_find import HEAD_LR, WHOLE_LR
 
 
-def made(folder, arch, weights, seed, size, bs, unfrozen=False):
+def made(table, args, arch, weights, seed):
     "Makes learners that are all the same, dropout included, over the same data"
-    dls = ftlib.image_data(folder, size=size, bs=bs, seed=seed)
-    def make():
+    dls = ftlib.image_data(table, size=args.size, bs=args.bs, seed=seed, num_workers=0)
+    def make(seed=seed):
         torch.manual_seed(seed)
         learn = ftlib.vision_learner(dls, arch, weights=weights, metrics=accuracy, seed=seed)
         learn.model.to(memory_format=torch.channels_last)
-        if unfrozen: learn.unfreeze()
         return learn
     return make
 
 
-def reached(make, lr, epochs):
-    "Accuracy and loss on the validation pictures after one cycle"
-    learn = make()
-    with learn.no_logging(), learn.no_bar(): learn.fit_one_cycle(epochs, lr)
-    return learn.history[["accuracy", "valid_loss"]].iloc[-1].tolist()
+def fastai_valley(learn):
+    "fastai's own sweep of a copy of the model, in a learner of its own"
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Learner(learn.dls, copy.deepcopy(learn.model), loss_func=learn.loss_func, splitter=learn.splitter, path=folder)
+        plain.remove_cb(ProgressCallback)
+        with plain.no_logging(), on_features(plain, valid=False):
+            try: return float(plain.lr_find(suggest_funcs=valley, show_plot=False).valley)
+            except IndexError: return float("nan")  # a sweep of a few points
 
 
-def one(make, epochs, scratch, grid):
-    "The curve, and rows of way, rate, accuracy and loss"
-    curve, _ = by_ftlib(make())
-    told = read(curve) | {f"fastai {k}": v for k, v in by_fastai(make(), scratch).items() if k in FASTAI}
-    rates = [(name, lr if np.isfinite(lr) else grid[0]) for name, lr in told.items()] + [("grid", lr) for lr in grid]
-    return curve, [dict(way=way, lr=float(lr), **dict(zip(("accuracy", "loss"), reached(make, float(lr), epochs)))) for way, lr in rates]
+def rows(make, state, epochs, grid, seed):
+    "One row for each learning rate: accuracy and validation loss after one cycle"
+    learn, quiet = make(), dict(show_plot=False)
+    if state == "unfrozen":
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(6, HEAD_LR)
+        learn.unfreeze()
+        quiet |= dict(ratios=slice(.01, 1.), for_epochs=epochs)
+    start = copy.deepcopy(learn.model.state_dict())
+    with learn.no_logging(): found = learn.lr_find(**quiet)
+    usual = HEAD_LR if state == "frozen" else WHOLE_LR
+    rates = [("suggested", found.suggested, seed), ("fastai valley", fastai_valley(learn), seed), ("usual", usual, seed), ("usual again", usual, seed + 100)]
+    for way, lr, seed in rates + [("grid", lr, seed) for lr in grid]:
+        lr = float(lr) if np.isfinite(lr) else grid[0]  # a suggestion of none counts as the lowest of the grid
+        learn = make(seed)
+        learn.model.load_state_dict(start)
+        if state == "unfrozen": learn.unfreeze()
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, slice(lr / 100, lr) if state == "unfrozen" else lr)
+        yield dict(way=way, lr=lr, accuracy=learn.history.accuracy.iloc[-1], loss=learn.history.valid_loss.iloc[-1])
 
 
 def summary(table):
-    "By way: mean accuracy, its share of the best of the grid, and how often it was within a hundredth of that"
-    best = table[table.way == "grid"].groupby(["set", "arch", "seed"]).accuracy.max().rename("best")
-    told = table[table.way != "grid"].join(best, on=["set", "arch", "seed"])
-    told["share"], told["near"] = told.accuracy / told.best, told.accuracy >= told.best - .01
-    return told.groupby("way", sort=False).agg(accuracy=("accuracy", "mean"), share=("share", "mean"), worst=("share", "min"), near=("near", "mean"),
-                                               loss=("loss", "mean"))
-
-
-def drawn(table):
-    "By rate: the mean share of the best of the grid; a mark at each way's median rate"
-    import matplotlib.pyplot as plt
-    best = table[table.way == "grid"].groupby(["set", "arch", "seed"]).accuracy.max().rename("best")
-    table = table.join(best, on=["set", "arch", "seed"])
+    "By state and way: mean accuracy, its share of the best of the grid (mean and worst), and the median learning rate"
+    keys = ["set", "arch", "state", "seed"]
+    best = table[table.way == "grid"].groupby(keys).accuracy.max().rename("best")
+    table = table[table.way != "grid"].join(best, on=keys)
     table["share"] = table.accuracy / table.best
-    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    table[table.way == "grid"].groupby("lr").share.mean().plot(ax=ax, logx=True, color="grey", marker=".", label="a rate of the grid for all runs")
-    for way, rows in table[table.way != "grid"].groupby("way", sort=False):
-        ax.plot(rows.lr.median(), rows.share.mean(), "s" if way.startswith("fastai") else "o", ms=8, label=way)
-    ax.set(xlabel="learning rate (of suggestions the median)", ylabel="share of the best of the grid", ylim=(.55, 1))
-    ax.legend(fontsize="small", loc="lower center", ncols=2)
-    return fig
+    return table.groupby(["state", "way"], sort=False).agg(runs=("seed", "size"), accuracy=("accuracy", "mean"), share=("share", "mean"), worst=("share", "min"), lr=("lr", "median"))
 
 
 def main():
-    parser = arguments(__doc__, "lr_accuracy.csv", ["pets3", "food3", "ants_bees", "cars20"], [0, 1, 2, 3, 4], size=96, bs=16)
-    parser.add_argument("--arch", default="resnet18", help="a torchvision or timm classifier; --weights is a file for it")
+    parser = arguments(__doc__, "lr_accuracy.csv", ["pets3", "food3", "ants_bees", "cars20", "flowers5", "cifar10_small", "solar"], [0], size=64, bs=32)
+    parser.add_argument("--arch", default="resnet18", help="a torchvision or timm classifier; --weights is a file for it, or 'imagenet'")
+    parser.add_argument("--states", nargs="+", default=["frozen", "unfrozen"], choices=["frozen", "unfrozen"])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--unfrozen", action="store_true")
-    parser.add_argument("--grid", nargs=3, type=float, default=[1e-4, .3, 12], help="lowest and highest rate of the grid, and how many")
+    parser.add_argument("--images", type=int, default=300, help="training images at most")
+    parser.add_argument("--valid", type=int, default=300, help="validation images at most")
+    parser.add_argument("--grid", nargs=3, type=float, default=[1e-4, .1, 7], help="lowest and highest learning rate of the grid, and how many")
     args = parser.parse_args()
-    results, curves = Results(args.out, "set", "arch", "seed", "way", "lr"), args.out.parent / "lr_accuracy_curves"
-    curves.mkdir(parents=True, exist_ok=True)
-    done = {(r["set"], r["arch"], r["seed"]) for r in results.rows}
-    for seed, name in product(args.seeds, args.sets):
-        if (name, args.arch, seed) in done: continue
-        start = time.perf_counter()
-        make = made(args.data / name, args.arch, args.weights, seed, args.size, args.bs, args.unfrozen)
-        curve, rows = one(make, args.epochs, args.out.parent, np.geomspace(*args.grid[:2], int(args.grid[2])))
-        curve.to_csv(curves / f"{name}_{args.arch}_{seed}.csv", index=False)
-        results.rows += [dict(set=name, arch=args.arch, seed=seed, **row) for row in rows]
-        results.table.to_csv(args.out, index=False)
-        print(f"{name} {args.arch} {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(summary(results.table).round(4).to_string())
-    print(results.table[results.table.way == "grid"].groupby("lr").accuracy.mean().round(4).to_string())
+    results, weights = Results(args.out, "set", "arch", "state", "seed"), "imagenet" if str(args.weights) == "imagenet" else args.weights
+    grid = np.geomspace(*args.grid[:2], int(args.grid[2]))
+    for seed, name, state in product(args.seeds, args.sets, args.states):
+        if results.has(name, args.arch, state, seed): continue
+        make = made(chosen(name, args.data, args.images, args.valid), args, args.arch, weights, seed)
+        found = list(rows(make, state, args.epochs, grid, seed))
+        for row in found: results.add(set=name, arch=args.arch, state=state, seed=seed, **row)
+    print(summary(results.table).round(3).to_string())
 
 
 if __name__ == "__main__": main()

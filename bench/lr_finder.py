@@ -21,19 +21,21 @@ from results import Results, arguments
 
 import ftlib
 from ftlib.train.frozen import on_features
+from ftlib.train.lr_find import HEAD_LR, WHOLE_LR, WITHIN
 
 OURS, FASTAI = ["lr_min", "lr_steep", "suggested"], ["minimum", "steep", "valley", "slide"]
 
 
 def by_ftlib(learn):
     start = time.perf_counter()
-    found = ftlib.train.lr_find.find_lr(learn, show_plot=False, quiet=True)
+    with learn.no_logging(): found = learn.lr_find(show_plot=False)
     return found.curve, {"ftlib s": time.perf_counter() - start}
 
 
-def read(curve):
+def read(curve, state):
     "What a curve suggests"
-    reading = ftlib.LRCurve(curve.lr, curve.loss, curve.start)
+    usual, within = (HEAD_LR, 10.) if state == "frozen" else (WHOLE_LR, WITHIN)
+    reading = ftlib.LRCurve(curve.lr, curve.loss, curve.start, usual, within)
     return {name: getattr(reading, name) for name in OURS}
 
 
@@ -86,7 +88,7 @@ def summary(table):
 def main():
     args = arguments(__doc__, "lr_finder.csv", ["food3", "ants_bees"], [0, 1, 2, 3, 4], bs=16).parse_args()
     results, curves = Results(args.out, "set", "seed", "state"), args.out.parent / "curves"
-    for row in results.rows: row.update(read(pd.read_csv(curves / f"{row['set']}_{row['state']}_{row['seed']}.csv")))
+    for row in results.rows: row.update(read(pd.read_csv(curves / f"{row['set']}_{row['state']}_{row['seed']}.csv"), row['state']))
     for name, seed in product(args.sets, args.seeds):
         if results.has(name, seed, "trained"): continue
         for state, learn in states(args.data / name, args.weights, seed, args.size, args.bs):
@@ -94,7 +96,7 @@ def main():
             curve, seconds = by_ftlib(learn)
             curves.mkdir(exist_ok=True)
             curve.to_csv(curves / f"{name}_{state}_{seed}.csv", index=False)
-            results.add(set=name, seed=seed, state=state, **read(curve), **seconds, **by_fastai(learn, args.out.parent))
+            results.add(set=name, seed=seed, state=state, **read(curve, state), **seconds, **by_fastai(learn, args.out.parent))
     print("largest / smallest suggestion over the seeds")
     print(summary(results.table).to_string())
 

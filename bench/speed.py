@@ -16,7 +16,7 @@ from statistics import median
 
 import pandas as pd
 import torch
-from accuracy import fastai_learner, ftlib_learner
+from learners import fastai_learner, ftlib_learner
 from fastai.callback.progress import ProgressCallback
 from fastai.vision import all as fv
 from results import arguments

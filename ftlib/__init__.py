@@ -13,6 +13,7 @@ if TYPE_CHECKING: from fastai.vision.all import *  # noqa: F403
 
 # What users write, by room, in the order of the way through; ours win over fastai's.
 _ROOMS = {
+    "data.interrupt": "TrainingStopped",
     "data.pictures": "DataError",
     "data.sources": "read_source",
     "data.splits": "skew",
@@ -27,6 +28,7 @@ _ROOMS = {
     "train.optimizer": "TorchOptimizer",
     "train.history": "Recorder",
     "train.lr_curve": "LRCurve CurveError",
+    "train.best": "BestWeights",
     "train.metrics": "MetricError top_k",
     "train.frozen": "MixFeatures",
     "train.precision": "Arithmetic PrecisionError",
@@ -35,6 +37,7 @@ _ROOMS = {
     "train.trackers": "ReduceLROnPlateau SaveModelCallback CSVLogger",
     "train.learner": "Learner load_learner",
     "train.stopping": "EarlyStopping StopOnNaN",
+    "train.fine_tune": "RunFailed",
     "train.average": "EMA",
     "train.vision": "vision_learner",
     "teach.distill": "Distill",
@@ -44,6 +47,7 @@ _ROOMS = {
     "evaluate.intervals": "EvaluateError",
     "evaluate.report": "Report",
     "evaluate.calibrate": "Calibration",
+    "evaluate.threshold": "choose_threshold detection",
     "evaluate.gradcam": "",
     "evaluate.labels": "",
     "experiment.paired": "CompareError paired",
@@ -52,7 +56,7 @@ _ROOMS = {
     "experiment.recipes": "RECIPES recipes probes distillation trainer",
     "experiment.crossval": "cross_validate CrossValidation",
     "experiment.few_labels": "label_curve LabelCurve",
-    "recipe": "fine_tune_run Run RunError RunFailed",
+    "recipe": "fine_tune_run Run RunError",
 }
 
 

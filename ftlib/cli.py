@@ -104,12 +104,12 @@ def _demo_options(commands):
 
 
 def _train_options(commands):
-    command = _command(commands, "train", do.train, "Find the rate, train the head, fine-tune, write tables, plots and weights")
+    command = _command(commands, "train", do.train, "Train the head, then the whole network, keep the better of both; write tables, plots and weights")
     _data_options(command)
     _model_options(command)
     command.add_argument("--epochs", type=_whole, default=5, help="with the whole network training")
-    command.add_argument("--freeze-epochs", type=_whole, default=3, help="before them, with the head alone training (none without weights)")
-    command.add_argument("--lr", type=_rate, default="auto", help="rate of the head, or auto: found before each phase")
+    command.add_argument("--freeze-epochs", type=_whole, help="before them, with the head alone, at most (by default until it stops improving; none without weights)")
+    command.add_argument("--lr", type=_rate, default="auto", help="learning rate of the head, or auto: found before each phase")
     command.add_argument("--out", type=Path, default=Path("runs/train"), help="where tables, plots and weights go")
     command.add_argument("--checkpoint", metavar="DIR", type=Path, help="keep the training there after each epoch")
     command.add_argument("--resume", action="store_true", help="go on with what --checkpoint has kept")
@@ -138,7 +138,7 @@ def _compare_options(commands):
     command = _command(commands, "compare", do.compare, "Train in several ways with several seeds: which is better, and is it real?")
     _data_options(command)
     _model_options(command)
-    command.add_argument("--recipes", nargs="+", metavar="NAME", help="of: scratch, 'feature extractor', fine-tune, 'gradual unfreezing', 'linear probe, then fine-tune'")
+    command.add_argument("--recipes", nargs="+", metavar="NAME", help="of: scratch, 'feature extractor', fine-tune, 'gradual unfreezing', 'all at once'")
     command.add_argument("--probe", nargs="+", metavar="ARCH", help="train the head alone on each of these networks instead")
     command.add_argument("--epochs", type=_whole, default=4, help="of each run")
     command.add_argument("--seeds", type=_whole, default=3, help="runs of each way")

@@ -54,6 +54,14 @@ def _classes(report):
     return report.per_class.drop(columns=["recall low", "recall high", "precision low", "precision high"]).round(3).to_string(index=False)
 
 
+def _detection(learn, wanted):
+    "How many images of a class are found among the test images, with the threshold of the validation set"
+    from ftlib.evaluate.threshold import choose_threshold, detection
+    test, threshold = learn.evaluate("test"), choose_threshold(learn.evaluate(), wanted)
+    print(f"\ntest images, which took no part in training or in any choice\n{test}")
+    print(f"\n{wanted!r} from a probability of {threshold:.2f} on, chosen on the validation set\n{detection(test, wanted, threshold).round(3).to_string()}")
+
+
 def demo(args):
     "The whole way on pictures that pip brings"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +71,8 @@ def demo(args):
     print(f"{demo.title}: {demo.about}\n")
     learn = _learner(demo.source, demo.arch, "imagenet", demo.data)
     print(f"{demo.arch} at {demo.data['size']} pixels")
-    _report(fine_tune_run(learn, demo.epochs, demo.freeze_epochs, **demo.sweep), args.out)
+    _report(fine_tune_run(learn, demo.epochs), args.out)
+    if demo.wanted: _detection(learn, demo.wanted)
 
 
 def train(args):
@@ -71,9 +80,7 @@ def train(args):
     args.out.mkdir(parents=True, exist_ok=True)
     from ftlib.recipe import fine_tune_run
     learn = _learner(args.folder, args.arch, args.weights, _data(args))
-    # A body without weights has nothing to keep: freezing it would train a head on noise.
-    freeze_epochs = 0 if args.weights == "none" or args.arch == "cnn" else args.freeze_epochs
-    _report(fine_tune_run(learn, args.epochs, freeze_epochs, args.lr, checkpoint=args.checkpoint, resume=args.resume), args.out)
+    _report(fine_tune_run(learn, args.epochs, args.freeze_epochs, args.lr, checkpoint=args.checkpoint, resume=args.resume), args.out)
 
 
 def lr_find(args):

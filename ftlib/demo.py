@@ -6,7 +6,7 @@
 __all__ = ['Demo', 'DemoError', 'solar_cells', 'digits', 'find_demo']
 
 # %% ../nbs/89_demo.ipynb #7985e60d
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,9 +21,8 @@ class Demo:
     source: object      # What `image_data` takes
     data: dict          # More arguments of `image_data`
     arch: str           # A name for `vision_learner`, or 'cnn'
-    epochs: int
-    freeze_epochs: int
-    sweep: dict = field(default_factory=dict)  # Arguments of `lr_find`
+    epochs: int         # With the whole network training
+    wanted: str | None = None  # The class to find as many of as possible
 
 # %% ../nbs/89_demo.ipynb #482448fe
 class DemoError(ValueError):
@@ -42,8 +41,7 @@ def solar_cells() -> Demo:  # Raises `ModuleNotFoundError` with the pip line whe
     return Demo(
         "solar cells", f"{len(table):,} photographs of solar cells, {(table['label'] == 'functional').mean():.0%} functional; "
         "by Deitsch, Buerhop-Lutz et al., licence CC BY-NC-SA 4.0 (not for commercial use)",
-        table[["path", "label"]], dict(size=96, valid=.25, bs=32), "tf_efficientnet_lite0", epochs=2, freeze_epochs=1,
-        sweep=dict(num_it=50))
+        table[["path", "label"]], dict(size=128, valid=.15, test=.25, bs=32, flips="both"), "tf_efficientnet_lite0", epochs=5, wanted="defective")
 
 # %% ../nbs/89_demo.ipynb #d68e7b68
 def digits() -> Demo:
@@ -52,7 +50,7 @@ def digits() -> Demo:
     found = load_digits()
     source = {"image": (found.images * 255 / 16).astype("uint8"), "label": [str(t) for t in found.target]}
     return Demo("digits", f"{len(found.target):,} handwritten digits of 8 × 8 pixels (scikit-learn)", source,
-                dict(size=8, bs=64, augment=None), "cnn", epochs=5, freeze_epochs=0)
+                dict(size=8, bs=64, augment=None), "cnn", epochs=5)
 
 
 def find_demo(

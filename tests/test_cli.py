@@ -66,10 +66,10 @@ def test_train_writes_tables_plots_and_weights(shell, stripes):
     classes, history, summary = (pd.read_csv(out / f"{n}.csv") for n in ("per_class", "history", "summary"))
     assert classes["class"].tolist() == ["lying", "standing"]
     assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
-    assert summary["phase"].tolist() == ["fine-tune", "all"] and summary["epochs"].tolist() == [3, 3]
+    assert summary["phase"].tolist() == ["whole network", "all"] and summary["epochs"].tolist() == [3, 3]
     top1 = classes["right"].sum() / classes["pictures"].sum()
     assert summary["top1"].iloc[-1] == pytest.approx(top1) and f"top-1 {top1:.4f}" in done.stdout
-    assert history["accuracy"].iloc[-1] == pytest.approx(top1, abs=1e-6), "the table and the metric count the same pictures"
+    assert history["accuracy"].max() == pytest.approx(top1, abs=1e-6), "the table and the metric count the same pictures"
 
 
 def test_a_training_is_judged_again(shell, stripes):

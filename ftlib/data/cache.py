@@ -24,6 +24,7 @@ import torch
 from fastai.vision.core import PILImage
 from PIL import Image
 
+from .interrupt import check_stop
 from .pictures import PictureError, Ref, open_picture
 
 # %% ../../nbs/04_data.cache.ipynb #3beb4c25
@@ -203,6 +204,7 @@ class DecodedPictures:
         items = iter(todo.items())
         with written(data) as f, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             while some := dict(islice(items, 64)):  # a few at a time, so that memory does not fill
+                check_stop()
                 for name, pixels in zip(some, pool.map(self._pixels, some.values())):
                     if pixels is None: continue
                     rows[name] = end, *pixels.shape[:2]

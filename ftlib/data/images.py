@@ -61,17 +61,24 @@ _AUGMENT = {
 }
 
 
+_FLIPS = {"horizontal": {}, "both": dict(flip_vertical=.5), None: dict(flip=0.)}
+
+
 def augmentations(
     size:int,            # Pixels a side
     augment="default",   # 'light', 'default', 'strong', None, or a list of fastai's batch transforms
+    flips="horizontal",  # 'both' for images that have no up, such as those from above; None
 ) -> tuple:              # Transforms of a picture, and of a training batch
     "The training view and the validation view; 'strong' erases patches as well"
+    if flips not in _FLIPS: raise DataError(f"flips={flips!r}: use 'horizontal', 'both' or None.{did_you_mean(flips, ['horizontal', 'both'])}")
+    if flips != "horizontal" and (augment is None or isinstance(augment, (list, tuple))):
+        raise DataError(f"flips={flips!r} needs one of ftlib's augmentations, 'light', 'default' or 'strong'; augment= is {'None' if augment is None else 'a list of your own'}.")
     if augment is None: return [Middle(size), ToTensor()], []
     own = isinstance(augment, (list, tuple))
     if not own and augment not in _AUGMENT:
         raise DataError(f"augment={augment!r}: use {', '.join(map(repr, _AUGMENT))}, None or a "
                         f"list.{did_you_mean(augment, _AUGMENT)}")
-    view = RandomResizedCrop(size, min_scale=.35) if own else Views(size, **_AUGMENT[augment])
+    view = RandomResizedCrop(size, min_scale=.35) if own else Views(size, **_AUGMENT[augment], **_FLIPS[flips])
     view.split_idx = 0
     batch = list(augment) if own else [Erase(p=.25, max_count=2)] if augment == "strong" else []
     return [view, Middle(size, .125 if size >= 64 else 0., split_idx=1), ToTensor()], batch
@@ -181,6 +188,7 @@ def image_data(
     seed:int=42,               # Of the split and of the batches
     bs:int=64,                 # Pictures in a batch; 'auto': as many as the GPU has memory for, found by `vision_learner`
     augment="default",         # 'light', 'default', 'strong', None, or a list of fastai's batch transforms
+    flips:str|None="horizontal", # 'both' for images that have no up, such as those from above; None
     balance:str|None=None,     # 'loss': rare classes weigh more; 'sampler': they are drawn as often as others
     names=None,                # What classes are called: dict, list or JSON file
     num_workers:int|None=None, # Processes that decode; None: as many as fit the set and the cores
@@ -195,7 +203,7 @@ def image_data(
     auto_bs, bs = isinstance(bs, str) and bs == "auto", 64 if isinstance(bs, str) and bs == "auto" else bs
     _check_settings(size, bs, balance, num_workers, seed)
     size, bs, seed = int(size), int(bs), int(seed)
-    augmentations(size, augment)  # refuses what is unknown before any file is read
+    augmentations(size, augment, flips)  # refuses what is unknown before any file is read
     found = read_source(source, root=root, path=path, label=label, split=split)
     found.table = found.table.copy()
     _report_empty(found)
@@ -203,7 +211,7 @@ def image_data(
     table = split_table(found, valid, test, seed)
     shown = show_names(found.classes, names)
     table["name"] = table["label"].map(dict(zip(found.classes, shown)))
-    dls = _loaders(table, shown, size, seed, bs, augment, balance, num_workers, device, found.path, cache)
+    dls = _loaders(table, shown, size, seed, bs, (augment, flips), balance, num_workers, device, found.path, cache)
     dls.seed, dls.size, dls._table, dls._bad, dls.auto_bs = seed, size, table, bad, auto_bs and dls.device.type == "cuda"
     held = table[table["split"] == "test"]
     if len(held): dls._held = list(map(Item, held["item"], held["name"]))
@@ -243,7 +251,7 @@ def _loaders(table, vocab, size, seed, bs, augment, balance, num_workers, device
     decoded = DecodedPictures([s for part in parts for s in part["item"]], side) if cache else None
     for i, part in enumerate(parts):
         items = list(map(Item, part["item"], part["name"]))
-        views, batch = augmentations(size, augment)
+        views, batch = augmentations(size, *augment)
         lists = [TfmdLists(items, fs, do_setup=False, split_idx=i, types=[Item])
                  for fs in ([OpenItem(side, decoded)], [LabelOf(), category])]
         made.append(PictureDL(

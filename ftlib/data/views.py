@@ -86,7 +86,8 @@ class Views(RandTransform):
     def __init__(self,
         size:int,                # Pixels a side
         min_scale:float=.35,     # Least share of the picture's area
-        flip:float=.5,           # Probability of left for right
+        flip:float=.5,           # Probability of a horizontal flip
+        flip_vertical:float=0.,  # … of a vertical one, for images that have no up, such as those from above
         max_rotate:float=10.,    # Degrees
         max_zoom:float=1.1,      # Times larger
         max_warp:float=.2,       # Tilt: one edge so much larger than the middle
@@ -95,13 +96,14 @@ class Views(RandTransform):
         p_lighting:float=.75,    # … of brightness and contrast, each
     ):
         super().__init__(p=1.)
+        self.flip_vertical = flip_vertical
         self.size, self.min_scale, self.flip, self.max_rotate, self.max_zoom = size, min_scale, flip, max_rotate, max_zoom
         self.max_warp, self.max_lighting, self.p_affine, self.p_lighting = max_warp, max_lighting, p_affine, p_lighting
 
     def matrix(self, w, h):
         "View to picture: flipped, tilted, turned, zoomed, cropped"
         def now(p): return random.random() < p
-        flip = np.diag([-1. if now(self.flip) else 1., 1., 1.])
+        flip = np.diag([-1. if now(self.flip) else 1., -1. if self.flip_vertical and now(self.flip_vertical) else 1., 1.])
         tilt, turn, zoom = np.eye(3), np.eye(3), np.eye(3)
         if now(self.p_affine): tilt[2, :2] = random.uniform(-self.max_warp, self.max_warp), random.uniform(-self.max_warp, self.max_warp)
         if now(self.p_affine):

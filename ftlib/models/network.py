@@ -70,11 +70,13 @@ class Body(nn.Sequential):
 # %% ../../nbs/10_models.network.ipynb #5532318f
 class Network(nn.Sequential):
     "A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai."
+    bn = 'moving'  # Batch-norm statistics of stages that train: 'moving', or 'still' as they were loaded
+
     def __init__(self, body: Body, # Pictures to features
                  head: nn.Module,  # Features to one number per class
                 ):
         super().__init__(body, head)
-        self.frozen_to,self.train_bn,self.keeps_statistics,self._begins = 0,False,False,None
+        self.frozen_to,self.train_bn,self._begins = 0,False,None
 
     @property
     def body(self): return self[0]
@@ -136,6 +138,13 @@ class Network(nn.Sequential):
         "Train everything."
         return self.freeze_to(0)
 
+    @property
+    def keeps_statistics(self):
+        "Is `bn` 'still'? (The name of before.)"
+        return self.bn == 'still'
+    @keeps_statistics.setter
+    def keeps_statistics(self, value): self.bn = 'still' if value else 'moving'
+
     def _norm_ids(self): return {id(p) for m in self.modules() if is_norm(m) for p in m.parameters()}
 
     @property
@@ -146,10 +155,10 @@ class Network(nn.Sequential):
         return owned[self.frozen_to][0] if self.frozen_to < len(owned) else len(self.stages)
 
     def train(self, mode=True):
-        "Set training mode; frozen stages stay in evaluation mode, and norms whose statistics are to be kept."
+        "Set training mode; frozen stages stay in evaluation mode, and with `bn='still'` all norms of the body that have statistics."
         super().train(mode)
         for stage in self.stages[:self.frozen]: stage.eval()
-        if self.keeps_statistics and not self.train_bn:
+        if self.bn == 'still' and not self.train_bn:
             for m in self.body.modules():
                 if is_norm(m) and getattr(m, 'running_mean', None) is not None: m.eval()
         if self.frozen_to == len(self._owned()) and not self.train_bn: self.head.eval()

@@ -17,11 +17,15 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from fastcore.foundation import L
 
+from ..data.interrupt import TrainingStopped, stop_between_batches
 from ..data.loader import seed_all
+from .best import BestWeights
 from .checkpoint import Checkpoint, course, put_moment, put_training
+from .fine_tune import fine_tune
 from .frozen import on_features
 from .groups import TrainError
 from .history import EpochLog
+from .progress import say
 from .schedule import (
     Cosine, FlatCosine, Momentum, OneCycle, as_schedule, group_lrs)
 from .step import Stepping
@@ -48,6 +52,8 @@ class Fits(Stepping):
     "`Stepping` with fits that take schedules and keep the epochs that were completed."
     cache, views = True, 2  # see `Learner`
     seed = None  # see `Learner`
+    pretrained = False  # does the body have weights that are worth keeping? `vision_learner` knows
+    fine_tuning = sweeps = None  # of the last `fine_tune` without a learning rate: one row a phase, and what `lr_find` gave
     fits_kept = {}  # folder → fits that a `Checkpoint` has seen to their end
     _course = 0, None, None  # first epoch, what keeps the training, the state that it goes on from
 
@@ -89,8 +95,18 @@ class Fits(Stepping):
             return Cosine()(epoch - (ends[i - 1] if i else 0), cycle_len * cycle_mult ** i)
         self._fit(int(ends[-1]), lr_max, {'lr': restarts}, wd, cbs, reset_opt, start_epoch, None, checkpoint, resume)
 
-    def fine_tune(self, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_start=.3, div=5., **kwargs):
-        "`freeze_epochs` with the head alone, then `epochs` of everything at rates that grow from stage to stage."
+    def fine_tune(self,
+        epochs:int,              # Epochs with the whole network training
+        base_lr:float=None,      # Learning rate, as in fastai; None: found before each phase
+        freeze_epochs:int=None,  # Epochs of the head before them; without `base_lr` at most so many, by default until it stops improving
+        lr_mult=100, pct_start=.3, div=5.,  # With `base_lr`, as in fastai
+        **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
+    ):
+        "Train the head, then the whole network, and keep the better of both (`ftlib.train.fine_tune`). With `base_lr` it is fastai's `fine_tune`."
+        if base_lr is None:
+            fine_tune(self, epochs, freeze_epochs, **kwargs)
+            return
+        freeze_epochs = 1 if freeze_epochs is None else freeze_epochs
         self.freeze()
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
         self.unfreeze()
@@ -130,11 +146,37 @@ class Fits(Stepping):
         done = len(self.epoch_log.rows) if hasattr(self, 'epoch_log') else 0
         if begun: start_epoch, done = begun['epoch'], begun['before'] + begun['epoch']
         cbs = (L(ParamScheduler(scaled)) if scaled else L()) + L(cbs)
-        with self._kept_from_harm(), self._on_course(start_epoch, kept, begun), self._seeded():
+        with stop_between_batches(), self._best_when_broken_off(), self._kept_from_harm(), self._on_course(start_epoch, kept, begun), self._seeded():
             if begun: put_training(self, begun)
             if begun and begun['end']:
                 with self.added_cbs(cbs): return kept.ended(self, begun)
             with self._on_features(range(done, done + n_epoch - start_epoch), cbs=cbs): super().fit(n_epoch, lr=list(lrs), wd=wd, cbs=cbs)
+        if not any(getattr(cb, 'restores_best', False) for cb in [*self.cbs, *cbs]): self._compare_with_earlier_fits()
+
+    def _compare_with_earlier_fits(self):
+        "A line where an earlier fit left a better network than this one"
+        best = getattr(self, 'best_weights', None)
+        if best is None or not best.is_worse_than_an_earlier_fit(): return
+        say(self, f'This fit did not improve {best.monitor}: {best.describe()} was better. learn.restore_best() brings its weights back.')
+
+    @contextmanager
+    def _best_when_broken_off(self):
+        "A fit that is stopped or fails after its first step leaves the best weights so far; after Ctrl-C a line says which these are"
+        best = getattr(self, 'best_weights', None)
+        if best is not None: best.stepped = False
+        try: yield
+        except KeyboardInterrupt as e:
+            restored = best.restore() if best is not None and best.stepped else None
+            raise TrainingStopped(self._where_it_stopped(best, restored)) from e.__cause__
+        except BaseException:
+            if best is not None and best.stepped: best.restore()
+            raise
+
+    def _where_it_stopped(self, best, restored):
+        "Which weights a stopped fit leaves, and how to go on"
+        if restored: return f'Training was stopped. The learner holds the best weights so far: {restored}. Fit again to go on from there.'
+        if best is None or not best.stepped: return 'Training was stopped before the first step. The learner is as it was.'
+        return 'Training was stopped, and no epoch was validated yet. The learner holds the weights of this moment; fit again to go on from there.'
 
     @contextmanager
     def _on_course(self, *course):
@@ -189,7 +231,7 @@ class Fits(Stepping):
     def _kept_from_harm(self):
         "After a fit momentum is what it was; after an error so is all that callbacks have changed, but not the history"
         moms = [h.get('mom') for h in self.opt.hypers]
-        restore, hooks = snapshot(*(o for o in whole(self) if not isinstance(o, (Recorder, EpochLog)))), hooks_snapshot(self.model)
+        restore, hooks = snapshot(*(o for o in whole(self) if not isinstance(o, (Recorder, EpochLog, BestWeights)))), hooks_snapshot(self.model)
         try: yield
         except BaseException:
             restore()

@@ -26,6 +26,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from ..data.cache import IdentityError, digest, picture_name
+from ..data.interrupt import check_stop
 from ..data.loader import LabelOf, PictureDL, seeded
 from ..models.folded import folded
 from ..models.network import Network
@@ -208,6 +209,7 @@ def _fill(net, batches, names, found, precision, store, dtype):
         out = fast(way.laid_out(x))
         with store.block(found, names, out.shape[1:], dtype) as block:
             while True:
+                check_stop()
                 block[at:at + len(out)] = out
                 at += len(out)
                 batch = next(batches, None)

@@ -45,12 +45,16 @@ class Grouped(FastaiLearner):
     def __init__(self, dls, model, loss_func=None, opt_func=Adam, lr=1e-3,
         splitter=None,          # model → lists of parameters; by default the stages of a `Network`, else one group
         train_bn:bool=False,    # Norm layers of frozen stages keep learning (fastai's way)
+        bn:str='auto',          # Batch-norm statistics of stages that train: 'moving', 'still', or 'auto': still in a pretrained body
         default_cbs:bool=True,
         **kwargs,               # More arguments of fastai's `Learner`
     ):
         if splitter is None: splitter = stages if isinstance(model, Network) else trainable_params
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, train_bn=train_bn,
                          default_cbs=default_cbs, **kwargs)
+        if bn not in ('auto', 'moving', 'still'): raise TrainError(f"bn={bn!r}: give 'auto', 'moving' or 'still'.")
+        self.bn = bn
+        if bn != 'auto' and isinstance(model, Network): model.bn = bn
         if default_cbs: self.add_cb(FrozenParts())
 
     def create_opt(self):

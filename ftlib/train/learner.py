@@ -28,13 +28,15 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..data.cache import written
+from ..data.interrupt import stop_between_batches
+from .best import BestWeights
 from .fits import FiniteLoss, Fits
-from .groups import FrozenParts
+from .groups import FrozenParts, TrainError
 from .history import EpochLog, Recorder, plot_history
 from .lr_find import find_lr
 from .metrics import as_metric
 from .precision import Arithmetic, as_arithmetic
-from .progress import Progress
+from .progress import Progress, say
 from .transaction import kept_attributes, kept_random, optimizer_state, put_optimizer, put_trained, trained_state, whole
 
 # %% ../../nbs/38_train.learner.ipynb #13119dda
@@ -43,7 +45,7 @@ class CrossEntropy(CrossEntropyLossFlat):
     def _contiguous(self, x): return x.as_subclass(torch.Tensor).transpose(self.axis, -1).contiguous()
 
 
-_KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, FiniteLoss, FrozenParts, fastai.learner.CastToTensor
+_KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, FiniteLoss, FrozenParts, fastai.learner.CastToTensor
 
 
 def _cross_entropy(loss):
@@ -72,6 +74,7 @@ class Learner(Fits):
         wd=None,                # Weight decay
         wd_bn_bias:bool=False,  # Decay norms and biases too
         train_bn:bool=False,    # Norm layers of frozen stages keep learning (fastai's way)
+        bn:str='auto',          # Batch-norm statistics of stages that train: 'moving', 'still', or 'auto': still in a pretrained body
         moms=(.95, .85, .95), default_cbs:bool=True,
         cache:bool=True,        # Compute what is frozen once; see `on_features`
         views:int=2,            # Random views of a picture that take turns while its features are kept
@@ -80,12 +83,12 @@ class Learner(Fits):
         compile=False,          # Let `torch.compile` make the network faster: minutes first; or the name of one of its backends
     ):
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
-                         path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms,
+                         path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms,
                          default_cbs=default_cbs)
         self.loss_func, self.lock = _cross_entropy(self.loss_func), threading.RLock()
         if default_cbs:
             self.remove_cbs([ProgressCallback, fastai.learner.Recorder])
-            self.add_cbs([Recorder, Progress, EpochLog, FiniteLoss])
+            self.add_cbs([Recorder, Progress, EpochLog, BestWeights, FiniteLoss])
         self.add_cbs(cbs)
         self.cache, self.views, self.seed = cache, views, seed
         if compile: self.model.compile(**({} if compile is True else dict(backend=compile)))
@@ -137,6 +140,11 @@ class Learner(Fits):
 
     def load(self, file, device=None, with_opt=True, strict=True, **kwargs):
         "fastai's `load`, whole or not at all. The optimizer's state is left out, with a warning, where it is of another optimizer."
+        if hasattr(self, 'best_weights'): self.best_weights.forget()  # other weights, another training
+        return self.load_weights(file, device, with_opt, strict, **kwargs)
+
+    def load_weights(self, file, device=None, with_opt=True, strict=True, **kwargs):
+        "As `load`, within a training that goes on: `learn.best_weights` still counts"
         if self.opt is None: self.create_opt()
         before = trained_state(self)
         try:
@@ -160,22 +168,23 @@ class Learner(Fits):
     @contextmanager
     def _looking(self, ds_idx, dl, cbs):
         "Within, nothing leaves a trace; a loader of the learner's gives features where it can"
-        with kept_attributes(*whole(self)):
+        with stop_between_batches(), kept_attributes(*whole(self)):
             self._course = 0, None, None  # a look in the midst of a fit keeps nothing
             with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else nullcontext(): yield
 
     def lr_find(self,
-        start_lr:float=1e-7,  # First rate
-        end_lr:float=10,      # Last rate
-        num_it:int=100,       # Steps
+        start_lr:float=None,  # First learning rate of the head; by default 1e-7, and 1e-6 where a pretrained body trains
+        end_lr:float=None,    # Last one; by default 10, and 1 where a pretrained body trains
+        num_it:int=None,      # Steps; by default 100, and 40 where a pretrained body trains
         stop_div:bool=True,   # Stop when the loss has exploded
         show_plot:bool=True,  # Draw the curve with both points marked
         suggest_funcs=None,   # fastai's suggestion functions: their answers are given instead
-        ratios=None,          # Relative rates of the parameter groups, as `slice(1e-2, 1)`; rates given are the head's
-    ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`
-        "Sweep the learning rate in a mock training; says `Minimum/10: …, steepest point: …` (not within `no_logging`). Nothing of the learner changes."
-        with self._seeded(), self._on_features((0,), valid=False):
-            return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios)
+        ratios=None,          # Relative learning rates of the parameter groups, as `slice(1e-2, 1)`; those given and found are the head's
+        for_epochs:int=None,  # Epochs of the fit that the answer is for: the sweep then takes at most an eighth of its time
+    ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`; a fit takes it as its learning rate
+        "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …, suggested: …` (not within `no_logging`). Nothing of the learner changes."
+        with stop_between_batches(), self._seeded(), self._on_features((0,), valid=False):
+            return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios, for_epochs)
 
     @contextmanager
     def no_bar(self):
@@ -184,6 +193,16 @@ class Learner(Fits):
         hidden, bar.hidden = getattr(bar, 'hidden', False), True
         try: yield self
         finally: bar.hidden = hidden
+
+    def restore_best(self,
+        monitor:str|None=None,  # A column of `learn.best_weights.table()`; by default the first metric, else the validation loss
+    ):
+        "Put back the weights of the best epoch over all fits. Raises `TrainError` where no epoch was validated."
+        best = self.best_weights
+        if not best.best: raise TrainError('no epoch was validated yet, so there are no best weights: fit with a validation set first.')
+        if monitor is not None and monitor not in best.best: raise TrainError(f'no best {monitor!r} is known; there are {", ".join(best.best)}.')
+        say(self, f'The learner holds the weights of {best.restore(monitor)}.')
+        return self
 
     @property
     def history(self) -> pd.DataFrame:

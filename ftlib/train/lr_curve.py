@@ -38,7 +38,10 @@ class LRCurve:
         lrs,             # Rates, ascending
         losses,          # Loss of each batch at its rate
         start=None,      # Loss of the same batches with the weights that the sweep started from
+        usual=None,      # The learning rate that served best in other trainings like this one, if any was measured
+        within=10.,      # The suggestion is at most so many times more or less than the usual one
     ):
+        self.usual, self.within = usual, within
         lrs, losses = np.asarray(lrs, float), np.asarray(losses, float)
         start = np.full(len(lrs), np.nan) if start is None else np.asarray(start, float)
         if len(lrs) < 6 and np.isfinite(losses).all(): raise CurveError(f'{len(lrs)} points are too few to read a curve from: sweep with num_it=20 or more.')
@@ -142,15 +145,24 @@ class LRCurve:
 
     @property
     def suggested(self) -> float:
-        "The rate to take: midway (in decades) between the steepest point and the minimum; without a descent a tenth of the rise"
+        "The learning rate to take: the mean, in decades, of `from_curve` and the usual one, `within` its limits; without a descent the usual one, but at most a third of where the loss rises"
+        if self.usual is None: return self.from_curve
+        if self.descends: return float(np.clip(np.sqrt(self.from_curve * self.usual), self.usual / self.within, self.usual * self.within))
+        return min(self.usual, self.rise / 3) if self.rise else self.usual
+
+    @property
+    def from_curve(self) -> float:
+        "What the curve alone says: midway (in decades) between the steepest point and the minimum; without a descent a tenth of the rise; else nan"
         return float(np.sqrt(self.half * self.middle)) if self.descends else self.lr_min
 
     @property
     def verdict(self) -> str:
-        "One line: the two points, or that there is no descent"
-        if self.descends: return f'Minimum/10: {self.lr_min:.2e}, steepest point: {self.lr_steep:.2e}'
-        if self.rise: return f'No clear descent; the loss rises from {self.rise:.2e} on, a tenth of that: {self.lr_min:.2e}'
-        return 'No clear descent, and no rise: nothing to choose a learning rate by'
+        "One line: the two points and the suggestion, or that there is no descent"
+        if self.descends: return f'Minimum/10: {self.lr_min:.2e}, steepest point: {self.lr_steep:.2e}, suggested: {self.suggested:.2e}'
+        where = f'the loss rises from {self.rise:.2e} on' if self.rise else 'the loss does not rise either'
+        if self.usual is not None: return f'No clear descent; {where}. Suggested is what served best in other trainings: {self.suggested:.2e}'
+        if self.rise: return f'No clear descent; {where}. Suggested is a tenth of that: {self.suggested:.2e}'
+        return 'No clear descent, and no rise: the sweep says nothing about the learning rate'
 
     def plot(self, ax=None):
         "The losses, the smoothed curve and the points, on `ax` or new axes"
@@ -166,6 +178,7 @@ class LRCurve:
             ax.plot(lr, at, 'o', color=color, ms=7, label=f'{name} {lr:.1e}')
             if name != 'steepest':
                 ax.axvline(lr / 10, color=color, ls=':', lw=1.5, label=f'{name}/10 {lr / 10:.1e}')
+        if np.isfinite(self.suggested): ax.axvline(self.suggested, color='k', lw=1.5, label=f'suggested {self.suggested:.1e}')
         ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='' if self.descends else 'no clear descent')
         ax.legend(fontsize=8, loc='lower left' if self.descends else 'upper left')
         ax.set_ylim(top=self.level + 1.1 * max(self.change[:max(self.bottom, 5)].max(), .4 * self.level, self._worth * 2))

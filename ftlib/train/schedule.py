@@ -28,11 +28,12 @@ def _spread(factors, n):
 
 
 def group_lrs(
-    lr,            # A number, `slice(hi)`, `slice(lo, hi)`, or one rate per group
+    lr,            # A number, `slice(hi)`, `slice(lo, hi)`, one learning rate per group, or what `lr_find` gave
     n:int,         # Number of parameter groups, the head last
     factors=None,  # Factors of `lr`, early stages first, the head's last
 ) -> np.ndarray:   # `n` learning rates
     "The learning rate of each of `n` parameter groups. Raises `RateError` for rates that are not positive numbers."
+    if hasattr(lr, 'suggested'): lr = _suggested(lr)
     if isinstance(lr, slice):
         if lr.stop is None: raise RateError(f"{lr} has no upper rate: write slice(1e-3) or slice(1e-5, 1e-3).")
         check_rates([o for o in (lr.start, lr.stop) if o is not None], lr)
@@ -44,6 +45,12 @@ def group_lrs(
         if len(lrs) != n:
             raise RateError(f"{len(lrs)} learning rates for {n} parameter groups; `learn.groups_table()` lists the groups.")
     return lrs if factors is None else lrs * _spread(check_rates(factors, factors), n)
+
+
+def _suggested(found):
+    "The learning rates that `lr_find` suggests"
+    if not np.isfinite(found.suggested): raise RateError("lr_find saw neither a descent nor a rise, so it suggests no learning rate: give one, such as 1e-3.")
+    return found.rates.tolist()
 
 
 def check_rates(rates, given) -> np.ndarray:

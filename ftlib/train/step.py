@@ -14,6 +14,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import to_float
 
+from ..data.interrupt import check_stop
 from ..models.folded import folded
 from .groups import Grouped, TrainError
 from .optimizer import TorchOptimizer
@@ -74,6 +75,7 @@ class Stepping(Grouped):
     def _call_one(self, event_name):
         "As fastai's, but it is looked up once a fit what callbacks do, and what they raise is not dressed up"
         inner = event_name in _inner_loop
+        if event_name in ('before_batch', 'after_batch'): check_stop()
         for cb, act in self._listening(event_name):
             if cb.run and (not inner or (cb.run_train if self.training else cb.run_valid)): act()
         if event_name == 'after_fit':

@@ -32,15 +32,17 @@ class EarlyStopping(Follower):
     ):
         super().__init__(monitor, min_delta, mode)
         if patience < 1: raise TrainError(f'patience={patience!r} epochs: 1 or more.')
-        self.patience, self.restore_best, self.cooldown = patience, restore_best, cooldown
+        self.patience, self.restore_best, self.restores_best, self.cooldown = patience, restore_best, restore_best, cooldown
         self.stopped_at = None
 
     def before_fit(self):
-        before = self.follows
         super().before_fit()
         if not self.run: return
-        if before is not self.follows: self.kept = None
         self.waited, self.stopped_at, self.cooling, self.now = 0, None, None, None
+
+    def _take_over(self, earlier):
+        super()._take_over(earlier)
+        self.kept = None if earlier is None else dict(model=earlier['state'], opt=None)
 
     def before_batch(self):
         if self.learn.training and self.cooling is not None: self.learn.opt.set_hyper('lr', list(self._cooled()))
@@ -60,7 +62,7 @@ class EarlyStopping(Follower):
         self.stopped_at = epoch
         said = f'Epoch {epoch}: no better {self.monitor} than {self.best:.4g} for {self.waited} epochs'
         last = min(epoch + self.cooldown, self.learn.n_epoch - 1)
-        if last == epoch or self.kept is None:
+        if last == epoch or self.kept is None or self.kept['opt'] is None:  # an earlier fit's rates are not this one's
             say(self.learn, f'{said}; this fit ends here.')
             raise CancelFitException
         say(self.learn, f'{said}; {last - epoch} more from there, with a rate that comes down.')
@@ -84,7 +86,10 @@ class EarlyStopping(Follower):
 
     def after_fit(self):
         if not self.run or self.kept is None or self.now in (None, self.best_at) or not self.restore_best: return
-        put_trained(self.learn, self.kept)
+        if self.kept['opt'] is not None: put_trained(self.learn, self.kept)
+        else:
+            self.learn.model.load_state_dict(self.kept['model'])
+            self.learn.opt.clear_state()  # momenta belong to other weights
         say(self.learn, f'The weights of epoch {self.best_at[1]} are back, phase {self.best_at[0]}: {self.monitor} {self.best:.4g}.')
 
 # %% ../../nbs/40_train.stopping.ipynb #cb0b5e80

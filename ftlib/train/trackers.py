@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
+from fastai.learner import join_path_file
 
 from ..data.cache import written
 from .groups import TrainError
@@ -24,7 +25,8 @@ import pandas as pd
 
 # %% ../../nbs/36_train.trackers.ipynb #06c17e1a
 class Follower(Callback):
-    "Knows after each epoch of training whether `monitor` is better than ever before"
+    "Base class of callbacks that follow `monitor`: after each epoch, `followed(better)` is told whether it is better than in all fits so far."
+    restores_best = False  # does it leave the best weights at the end of a fit?
     order = 63  # after the history, whose rows it reads, and after the schedule
 
     def __init__(self,
@@ -39,8 +41,22 @@ class Follower(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
         # what was best for another network says nothing
-        if self.follows is not self.learn.model: self.best, self.best_at, self.follows = None, None, self.learn.model
         self.lower, self.trained = lower_is_better(self.learn, self.monitor, self.mode), False
+        if self.follows is not self.learn.model:
+            self.best = self.best_at = None
+            self.follows = self.learn.model
+            self._take_over(self._earlier())
+
+    def _earlier(self):
+        "What `learn.best_weights` kept of earlier fits for `monitor`, or None"
+        kept = getattr(self.learn, 'best_weights', None)
+        best = None if kept is None else kept.best.get(self.monitor)
+        if best is None or best['at'] not in kept.states or self.mode not in (None, 'min' if self.lower else 'max'): return None
+        return best | dict(state=kept.states[best['at']])
+
+    def _take_over(self, earlier):
+        "Begin with the best of earlier fits"
+        if earlier is not None: self.best, self.best_at = earlier['value'], earlier['at']
 
     def before_train(self): self.trained = True
 
@@ -113,12 +129,18 @@ class SaveModelCallback(Follower):
         super().__init__(monitor, min_delta, mode or _COMP.get(comp, comp))
         if every_epoch and at_end: raise TrainError('every_epoch and at_end: give one of them.')
         self.fname, self.every_epoch, self.at_end, self.with_opt, self.reset_on_fit = fname, every_epoch, at_end, with_opt, reset_on_fit
-        self.last_saved_path = None
+        self.last_saved_path, self.restores_best = None, not (every_epoch or at_end)
 
     def before_fit(self):
         super().before_fit()
         if self.run and (self.reset_on_fit or self.best is None): self.best = self.last_saved_path = None
-        self.ended_at = None
+        self.ended_at = None  # no epoch of this fit has ended
+
+    def _take_over(self, earlier):
+        if earlier is None or self.reset_on_fit or not self.restores_best: return
+        super()._take_over(earlier)
+        self.ended_at = earlier['at']
+        self._save(self.fname, earlier['state'])
 
     def followed(self, better):
         epoch = self.learn.epoch
@@ -127,15 +149,21 @@ class SaveModelCallback(Follower):
             if epoch % self.every_epoch == 0: self._save(f'{self.fname}_{epoch}')
         elif better and not self.at_end: self._save(self.fname)
 
-    def _save(self, name):
-        try: self.last_saved_path, self.saved_at = self.learn.save(name, with_opt=self.with_opt), self.ended_at
+    def _save(self, name, state=None):
+        "Write the network's weights, or the `state` of an earlier epoch"
+        try:
+            if state is None: self.last_saved_path = self.learn.save(name, with_opt=self.with_opt)
+            else:
+                self.last_saved_path = join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')
+                with written(self.last_saved_path) as f: torch.save(state, f)
+            self.saved_at = self.ended_at
         except OSError as e: warnings.warn(f'the weights of epoch {self.learn.epoch} could not be saved ({e}): training goes on.')
 
     def after_fit(self):
         if not self.run or self.ended_at is None: return
         if self.at_end: self._save(self.fname)
         elif not self.every_epoch and self.last_saved_path is not None and self.saved_at != self.ended_at:
-            self.learn.load(self.fname, with_opt=self.with_opt)
+            self.learn.load_weights(self.fname, with_opt=self.with_opt)
             say(self.learn, f'The weights of epoch {self.saved_at[1]} are back, phase {self.saved_at[0]}.')
 
 # %% ../../nbs/36_train.trackers.ipynb #63425ab7

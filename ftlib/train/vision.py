@@ -32,6 +32,7 @@ def vision_learner(
     loss_func=None, opt_func=Adam, lr=1e-3, splitter=None, cbs=None, metrics=None, path=None, model_dir='models', wd=None,
     wd_bn_bias:bool=False,
     train_bn:bool=False,  # fastai's way: the norms of frozen stages learn, and statistics move while the body trains
+    bn:str='auto',        # Batch-norm statistics of stages that train: 'moving', 'still', or 'auto': still if there are weights
     moms=(.95, .85, .95),
     seed:int=None,        # Of the head's first weights, and of what each fit draws
     cache:bool=True,      # Compute what is frozen once, and keep it
@@ -53,12 +54,14 @@ def vision_learner(
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None: torch.manual_seed(seed)
             net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **(_size_of(dls) | head))
-    if weights is not None: net.keeps_statistics = not train_bn
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
-                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, cache=cache, views=views, precision=precision,
+                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms, cache=cache, views=views, precision=precision,
                     seed=seed, compile=compile)
     if getattr(dls, 'auto_bs', False): learn.dls = _as_many_as_fit(learn)
-    if weights is not None: learn.freeze()
+    if weights is not None:
+        learn.pretrained = True
+        if bn == 'auto' and not train_bn: net.bn = 'still'
+        learn.freeze()
     return learn
 
 

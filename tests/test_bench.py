@@ -1,0 +1,44 @@
+"""The benches run: each on a few tiny images, to see that it still works; nothing is timed."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+
+TINY = "--sets", "stripes", "--size", "32", "--bs", "4", "--epochs", "1", "--seeds", "0", "--images", "16", "--valid", "8"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with a set of stripes, and a file of weights"
+    folder = tmp_path_factory.mktemp("bench")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 10), ("valid", 4)):
+        for label in ("lying", "standing"):
+            (folder / "data" / "stripes" / split / label).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.zeros((40, 40, 3), np.uint8)
+                pixels[rng.integers(0, 3)::6] = 255
+                image = Image.fromarray(pixels if label == "lying" else pixels.transpose(1, 0, 2))
+                image.save(folder / "data" / "stripes" / split / label / f"{i}.png")
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), folder / "resnet18.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name,args,columns", [
+    ("fine_tune", TINY, {"set", "way", "accuracy", "head", "peak", "seconds"}),
+    ("lr_accuracy", (*TINY, "--grid", "1e-4", "1e-3", "2"), {"state", "way", "lr", "accuracy"}),
+    ("batch_norm", (*TINY, "--lrs", "1e-4"), {"bn", "lr", "accuracy", "peak"}),
+])
+def test_a_bench_runs(root, place, name, args, columns):
+    out = place / f"{name}.csv"
+    command = [sys.executable, "-W", "ignore", root / "bench" / f"{name}.py", "--data", place / "data", "--weights", place / "resnet18.pth", "--out", out, *args]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert columns <= set(pd.read_csv(out))

@@ -1,0 +1,148 @@
+"""Ctrl-C at any moment: nothing is cut in half, the best weights stay, and the next fit works."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from fastai.metrics import accuracy
+from sklearn.datasets import load_digits
+
+from ftlib.data import interrupt
+from ftlib.data.images import image_data
+from ftlib.data.interrupt import TrainingStopped, check_stop, stop_between_batches
+from ftlib.train.vision import vision_learner
+
+
+def press():
+    "Ctrl-C, as the terminal or Jupyter sends it"
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def default(): return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stop_waits_for_the_next_check():
+    done = []
+    with pytest.raises(TrainingStopped), stop_between_batches():
+        for i in range(10):
+            check_stop()
+            done.append(i)
+            if i == 2: press()
+    assert done == [0, 1, 2] and default()
+
+
+def test_a_stop_that_nobody_checked_is_raised_at_the_end():
+    with pytest.raises(TrainingStopped), stop_between_batches(): press()
+    assert default()
+
+
+def test_an_error_that_the_stop_caused_is_the_stop():
+    with pytest.raises(TrainingStopped) as raised, stop_between_batches():
+        press()
+        raise RuntimeError("a worker exited")
+    assert isinstance(raised.value.__cause__, RuntimeError) and default()
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="an error"), stop_between_batches(): raise RuntimeError("an error")
+    assert default()
+
+
+def test_a_second_stop_does_not_wait():
+    with pytest.raises(TrainingStopped, match="second"), stop_between_batches():
+        press()
+        press()
+        raise AssertionError("not reached")
+    assert default()
+
+
+def test_a_handler_of_the_users_own_is_left_alone():
+    heard, before = [], signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    try:
+        with stop_between_batches():
+            press()
+            check_stop()
+        assert heard == [1]
+    finally: signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_get_no_signals():
+    def enter():
+        with stop_between_batches(): seen.append(list(interrupt._active))
+    seen, thread = [], threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [[]] and default()
+
+
+def test_nested_ones_leave_it_to_the_outermost():
+    with pytest.raises(TrainingStopped), stop_between_batches():
+        with stop_between_batches(): press()
+        check_stop()
+    assert default()
+
+
+# ---- Ctrl-C at random moments of `fine_tune`
+
+@pytest.fixture(scope="module")
+def make():
+    "Makes learners that are all the same: a small network that has learned even digits, and odd ones to learn"
+    images, labels = (load_digits().images * 255 / 16).astype("uint8"), load_digits().target
+
+    def data(odd, n):
+        at = np.flatnonzero(labels % 2 == odd)[:n]
+        return image_data({"image": images[at], "label": labels[at].astype(str)}, size=32, augment=None, bs=32)
+    start = vision_learner(data(0, 300), "test_resnet", weights=None, metrics=accuracy, seed=0, precision="fp32")
+    with start.no_bar(), start.no_logging(): start.fit_one_cycle(2, 1e-2)
+    dls = data(1, 200)
+    return lambda: vision_learner(dls, "test_resnet", weights=start, metrics=accuracy, seed=0, precision="fp32")
+
+
+def fine_tune(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(2)
+
+
+def check(learn, start):
+    "The best weights so far are there, the history is whole, and the next fit works"
+    history, now = learn.history, learn.model.state_dict()
+    if not len(history): assert all(torch.equal(v, start[k]) for k, v in now.items())
+    else:
+        assert history.notna().all(axis=None) and not history.duplicated(["phase", "epoch"]).any()
+        reached = learn.validate()[1]
+        # the head's weights come back where those of the whole network were not better beyond noise
+        assert reached in (pytest.approx(history.accuracy.max()), pytest.approx(history[history.phase == 1].accuracy.max()))
+    assert default() and learn.opt is not None and learn.cache is True and not learn.model._begins
+    rows = len(learn.history)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+    assert len(learn.history) == rows + 1
+
+
+def interrupted(make, times, seed):
+    "Ctrl-C, at moments spread over a run: how often it came before the run was over"
+    began = time.perf_counter()
+    fine_tune(make())
+    lasts, came, rng = time.perf_counter() - began, 0, random.Random(seed)
+    for _ in range(times):
+        learn = make()
+        start = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        timer = threading.Timer(rng.uniform(0, lasts), press)
+        try:
+            timer.start()
+            fine_tune(learn)
+            timer.cancel()
+            timer.join()
+        except KeyboardInterrupt: came += 1
+        check(learn, start)
+    return came
+
+
+def test_some_interruptions(make): assert interrupted(make, 6, 0) > 1
+
+
+@pytest.mark.slow
+def test_two_hundred_interruptions(make): assert interrupted(make, 200, 1) > 100
