@@ -99,9 +99,9 @@ def lr_find(args):
 def evaluate(args):
     "A report of what `train` left"
     args.out.mkdir(parents=True, exist_ok=True)
-    from ftlib.recipe import load_weights, weights_about
+    from ftlib.recipe import as_trained, load_weights, weights_about
     about = weights_about(args.weights)
-    learn = _learner(args.folder, about["arch"], "none", _data(args) | {"size": args.size or about.get("size") or 224})
+    learn = _learner(as_trained(args.folder, args.weights) if args.on == "valid" else args.folder, about["arch"], "none", _data(args) | {"size": args.size or about.get("size") or 224})
     load_weights(learn, args.weights)
     report = learn.evaluate(args.folder if args.on == "all" else args.on, tta=args.tta)
     print(_classes(report) + f"\n\n{report}")

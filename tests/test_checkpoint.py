@@ -167,6 +167,23 @@ def test_fine_tune(folder, tmp_path):
     assert_same(run("cut", resume=True), whole)
 
 
+def test_fine_tune_that_finds_its_learning_rates(folder, tmp_path):
+    "Killed in the head's epochs or in those of the whole network, it ends on the same weights, and keeps the same ones"
+    def run(place, dies=None, phase=0, resume=False):
+        learn = learner(folder, seed=5)
+        learn.pretrained = True
+        cb = Dies()
+        with learn.no_bar(), learn.no_logging():
+            if dies: cb.before_train = lambda: setattr(cb, "moment", dies if learn.epoch_log.phase == phase else None)
+            learn.fine_tune(2, cbs=cb, freeze_epochs=6, checkpoint=tmp_path / place, resume=resume)
+        return [v.clone() for v in learn.model.state_dict().values()], learn.history.drop(columns=["seconds", "fill_seconds"]), learn.fine_tuning.drop(columns="seconds")
+    whole = run("whole")
+    for place, dies, phase in (("head", (3, 1), 1), ("all", (1, 1), 2)):
+        with pytest.raises(Killed): run(place, dies, phase)
+        weights, history, table = run(place, resume=True)
+        assert all(map(torch.equal, weights, whole[0])) and history.equals(whole[1]) and table.equals(whole[2])
+
+
 def test_another_course_is_refused_and_named(folder, tmp_path):
     def fit(learn, *args, **kwargs):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(*args, **dict(checkpoint=tmp_path, resume=True) | kwargs)

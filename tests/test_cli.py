@@ -62,7 +62,7 @@ def complaint(done):
 def test_train_writes_tables_plots_and_weights(shell, stripes):
     done = check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "out"), 0)
     out = shell.folder / "out"
-    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "per_class.png", "summary.csv", "weights.safetensors", *REPORT}
+    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "per_class.png", "split.csv", "summary.csv", "weights.safetensors", *REPORT}
     classes, history, summary = (pd.read_csv(out / f"{n}.csv") for n in ("per_class", "history", "summary"))
     assert classes["class"].tolist() == ["lying", "standing"]
     assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
@@ -84,11 +84,29 @@ def test_a_training_is_judged_again(shell, stripes):
     assert "/48 (" in all_of_them.stdout
 
 
+def test_what_was_trained_on_is_not_evaluated(shell, stripes):
+    "Another seed or share would make another split: the training's own counts"
+    check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--seed", 7, "--valid", ".3", "--out", "out"), 0)
+    check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--out", "judged"), 0)
+    split = pd.read_csv(shell.folder / "out" / "split.csv")
+    assert pd.read_csv(shell.folder / "judged" / "per_class.csv")["pictures"].sum() == (split["split"] == "valid").sum()
+    (shell.folder / "out" / "split.csv").unlink()
+    assert "which images" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors"), 2))
+
+
+def test_a_plot_that_fails_costs_no_weights(shell, stripes, monkeypatch):
+    def fails(draw, path): raise ValueError("no such font")
+    monkeypatch.setattr("ftlib.recipe.save_picture", fails)
+    done = check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
+    assert (shell.folder / "out" / "weights.safetensors").exists() and "no such font" in done.stderr
+    assert (shell.folder / "out" / "summary.csv").exists()
+
+
 def test_weights_of_something_else_are_refused(shell, stripes, tmp_path):
     check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
     (stripes.parent / "others" / "slanted").mkdir(parents=True)
     for label in ("lying", "standing"): (stripes.parent / "others" / label).symlink_to(stripes / label)
-    for p in (stripes / "lying").iterdir(): (stripes.parent / "others" / "slanted" / p.name).symlink_to(p)
+    for p in (stripes / "lying").iterdir(): (stripes.parent / "others" / "slanted" / p.name).write_bytes(p.read_bytes())
     assert "slanted" in complaint(check(shell("evaluate", stripes.parent / "others", "--weights", "out/weights.safetensors"), 2))
     (shell.folder / "odd.safetensors").write_bytes(b"odd")
     assert "no weights that can be read" in complaint(check(shell("evaluate", stripes, "--weights", "odd.safetensors"), 2))

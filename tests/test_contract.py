@@ -176,3 +176,37 @@ def test_killed_and_resumed(name, tmp_path):
         with pytest.raises(KeyboardInterrupt): run(event, event)
         again, rows = run(event, resume=True)
         assert same(again, whole) and rows.equals(history)
+
+
+# ---- a look from within a fit
+
+LOOKS = {"validate": lambda l: l.validate(), "get_preds": lambda l: l.get_preds(), "lr_find": lambda l: l.lr_find(num_it=10, show_plot=False),
+         "get_preds of the training set": lambda l: l.get_preds(ds_idx=0)}
+
+
+class Looks(Callback):
+    "Asks something of the learner in the midst of a fit"
+    order = 90
+    def __init__(self, look, event): self.look, self.event, self.modes, self.busy = look, event, [], False
+    def after_batch(self): self._ask("after_batch")
+    def after_epoch(self): self._ask("after_epoch")
+
+    def _ask(self, event):
+        if event != self.event or self.busy or hasattr(self.learn, "lr_finder") or not self.learn.training and event == "after_batch": return
+        self.busy, before = True, [m.training for m in self.learn.model.modules()]
+        self.look(self.learn)
+        self.busy = False
+        assert [m.training for m in self.learn.model.modules()] == before
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("event", ["after_batch", "after_epoch"])
+def test_a_look_from_within_a_fit_leaves_no_trace(look, event, tmp_path):
+    if (look, event) == ("lr_find", "after_batch"): pytest.skip("a sweep trains; within a batch there is one already")
+    def run(cbs):
+        torch.manual_seed(0)
+        learn = learner(tmp_path)
+        learn.seed = 1
+        fit(learn, 2, cbs=cbs)
+        return weights(learn)
+    assert same(run(None), run(Looks(LOOKS[look], event)))

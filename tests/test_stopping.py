@@ -178,3 +178,50 @@ def test_the_rate_comes_down_under_a_schedule(way):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(6, 1e-3, cbs=cbs)
         rates.append(learn.recorder.lrs)
     assert (rates[0] == rates[1]) == (way == "fastai")
+
+
+def test_a_loss_that_was_never_finite_ends_the_fit(capsys):
+    learn = learner(Learner)
+    with learn.no_bar(), pytest.warns(UserWarning, match="ended on a loss of"): learn.fit(6, 1e30, cbs=EarlyStopping(patience=2))
+    assert len(learn.history) == 2 and "valid_loss was no finite number in 2 epochs" in capsys.readouterr().out
+
+
+# ---- earlier fits of the same network
+
+def test_a_second_fit_knows_the_first(capsys):
+    "Another callback, another fit, a worse network: the weights of the first fit come back"
+    learn = learner(Learner)
+    with learn.no_bar():
+        learn.fit(8, 1e-2)
+        best = learn.history.valid_loss.min()
+        learn.fit(3, 1., cbs=EarlyStopping(patience=2))
+    assert np.isclose(learn.validate()[0], best, rtol=1e-5) and "phase 1" in capsys.readouterr().out
+
+
+def test_a_second_fit_that_is_better_counts():
+    learn = learner(Learner)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-4)
+        learn.fit(8, 1e-2, cbs=EarlyStopping(patience=50))
+    assert np.isclose(learn.validate()[0], learn.history.valid_loss[1:].min(), rtol=1e-5)
+
+
+def test_a_file_of_the_best_knows_the_first_fit(tmp_path):
+    learn = learner(Learner, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(8, 1e-2)
+        best = learn.history.valid_loss.min()
+        learn.fit(3, 1., cbs=SaveModelCallback())
+        assert np.isclose(learn.validate()[0], best, rtol=1e-5)
+        learn.load("model", with_opt=False)
+    assert np.isclose(learn.validate()[0], best, rtol=1e-5)
+
+
+def test_a_mode_of_the_users_own_starts_anew():
+    "`max` of a loss is not what the earlier fits were judged by"
+    learn = learner(Learner)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-2)
+        stop = EarlyStopping(mode="max", patience=2)
+        learn.fit(2, 1e-2, cbs=stop)
+    assert stop.best_at[0] == 2

@@ -10,6 +10,8 @@ __all__ = ['Source', 'did_you_mean', 'existing', 'split_name', 'from_folder', 'f
 import difflib
 import math
 import os
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ import pandas as pd
 from fastcore.foundation import L
 from PIL import Image
 
-from .pictures import DataError, Ref
+from .pictures import RASTER, DataError, Ref
 
 # %% ../../nbs/02_data.sources.ipynb #268382fc
 @dataclass
@@ -125,13 +127,21 @@ def _source(items, labels, splits=None, classes=None, path=".", others=()):
     return Source(table, order, Path(path), list(others))
 
 # %% ../../nbs/02_data.sources.ipynb #c447196a
-def _files(folder):
-    "Every file under `folder` that is not hidden, in order"
-    found = []
+def _files(folder, seen=None):
+    "Every file under `folder` that is not hidden, in order; what links lead to is listed once, under the first of its names. `seen` are real paths that were listed before"
+    found, seen = [], set() if seen is None else seen
     for at, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(at, f) for f in sorted(files) if not f.startswith(".")]
+        folders[:] = [f for f in sorted(folders) if not f.startswith(".") and _is_new(Path(at, f), seen)]
+        found += [Path(at, f) for f in sorted(files) if not f.startswith(".") and _is_new(Path(at, f), seen)]
     return found
+
+
+def _is_new(path, seen):
+    "Was the real path not met before? Then it is from now on"
+    real = os.path.realpath(path)
+    if real in seen: return False
+    seen.add(real)
+    return True
 
 
 def _folders(folder):
@@ -139,8 +149,36 @@ def _folders(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _is_picture(path, endings=Image.registered_extensions()):
-    return path.suffix.lower() in endings and path.suffix.lower() != ".pdf"
+def _is_picture(path, endings={end for end, name in Image.registered_extensions().items() if name in RASTER}):
+    return path.suffix.lower() in endings
+
+
+def _check_split_names(tops):
+    "Raises `DataError` for a folder beside `train` that is probably meant as a split, but is not called like one"
+    names = {p.name.lower() for p in tops}
+    if not {n for n, split in _SPLITS.items() if split == "train"} & names: return
+    for name in sorted(names - set(_SPLITS)):
+        meant = next((split for part, split in _LIKE_SPLITS.items() if part in name), None)
+        if meant: raise DataError(f"the folder {name!r} beside 'train' is no split. Did you mean {meant!r}? Splits are called 'train', 'valid' and 'test'.")
+
+
+_LIKE_SPLITS = {"val": "valid", "dev": "valid", "test": "test", "holdout": "test", "hold_out": "test", "hold-out": "test", "train": "train"}
+
+
+# Endings of images that are not read here: a folder of such files was meant as a class
+_UNREAD = {"", ".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".svg", ".eps", ".pdf"}
+
+
+def _check_dropped(dropped, classes):
+    "Warns of files in the folders of classes whose names don't end like those of images. Raises `DataError` for a class of which nothing is left"
+    if not dropped: return
+    endings = Counter(file.suffix.lower() or "no ending" for _, file in dropped)
+    shown = ", ".join(f"{n:,} with {end}" for end, n in endings.most_common(5))
+    text = (f"{len(dropped):,} files are left out, because their names do not end like those of images that can be read ({shown}; the first: {dropped[0][1]}). "
+            "Convert or rename them, or delete them.")
+    gone = [name for name, file in dropped if name not in classes and file.suffix.lower() in _UNREAD]
+    if gone: raise DataError(f"class {gone[0]!r} has no image left: {text}")
+    warnings.warn(text, stacklevel=4)
 
 
 def from_folder(
@@ -149,19 +187,26 @@ def from_folder(
     "Reads names only. Raises `DataError` where there are no pictures or no class folders."
     path = existing(path)
     if not path.is_dir(): raise DataError(f"{path} is a file: give a folder, or a .csv file.")
-    tops = _folders(path)
+    tops, seen = _folders(path), set()
     by_split = [(p, split_name(p.name)) for p in tops if p.name.lower() in _SPLITS]
     # A set whose classes are called 'train' and 'bus' has no splits.
     if len(by_split) != len(tops) and not any(s == "train" for _, s in by_split): by_split = []
-    rows, others = [], []
+    if not by_split or len(by_split) < len(tops): _check_split_names(tops)
+    rows, others, dropped = [], [], []
     for folder, split in by_split or [(path, None)]:
-        for file in _files(folder):
+        for file in _files(folder, seen):
             inside = file.relative_to(folder).parts
             if len(inside) > 1 and _is_picture(file): rows.append((file, inside[0], split))
             elif len(inside) > 1 or _is_picture(file): others.append(file)
+            if len(inside) > 1 and not _is_picture(file): dropped.append((inside[0], file))
     if rows:
-        source, filled = _source(*zip(*rows), path=path, others=others), {name for _, name, _ in rows}
-        source.empty = [p for f, _ in by_split or [(path, None)] for p in _folders(f) if p.name not in filled and not _files(p)]
+        filled = {name for _, name, _ in rows}
+        _check_dropped(dropped, filled)
+        unfilled = [p for f, _ in by_split or [(path, None)] for p in _folders(f) if p.name not in filled]
+        linked = [p for p in unfilled if any(map(_is_picture, _files(p)))]
+        if linked: raise DataError(f"class {linked[0].name!r} has no image of its own: its files are links to images of other classes, and each image counts once.")
+        source = _source(*zip(*rows), path=path, others=others)
+        source.empty = [p for p in unfilled if not _files(p)]
         return source
     loose = sum(map(_is_picture, others))
     has = f"{loose:,} pictures, but none inside the folder of a class" if loose else "no pictures in it"

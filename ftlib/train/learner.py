@@ -37,7 +37,7 @@ from .lr_find import find_lr
 from .metrics import as_metric
 from .precision import Arithmetic, as_arithmetic
 from .progress import Progress, say
-from .transaction import kept_attributes, kept_random, optimizer_state, put_optimizer, put_trained, trained_state, whole
+from .transaction import kept_attributes, kept_modes, kept_random, optimizer_state, put_optimizer, put_trained, trained_state, whole
 
 # %% ../../nbs/38_train.learner.ipynb #13119dda
 class CrossEntropy(CrossEntropyLossFlat):
@@ -123,8 +123,9 @@ class Learner(Fits):
         device, way = next(self.model.parameters()).device, self.arithmetic or Arithmetic()
         x = dl.after_batch(to_device(dl.do_batch([dl.do_item(0)]), device))
         inputs = x[:getattr(self.dls, 'n_inp', 1)]
-        if any(m.training for m in self.model.modules()): self.model.eval()
-        with way.autocast(device): out = self.model(*(way.laid_out(o.as_subclass(torch.Tensor)) for o in inputs))
+        with kept_modes(self.model), way.autocast(device):
+            self.model.eval()
+            out = self.model(*(way.laid_out(o.as_subclass(torch.Tensor)) for o in inputs))
         probabilities = getcallable(self.loss_func, 'activation')(to_float(out)).cpu()
         number = getcallable(self.loss_func, 'decodes')(probabilities)
         decoded = self.dls.decode_batch((*to_cpu(inputs), number))[0]
@@ -163,12 +164,12 @@ class Learner(Fits):
 
     def summary(self):
         "fastai's table of layers; history, recorder and the order of the batches stay as they are."
-        with kept_attributes(*whole(self)), kept_random(*self.dls.loaders): return super().summary()
+        with kept_attributes(*whole(self)), kept_modes(self.model), kept_random(*self.dls.loaders): return super().summary()
 
     @contextmanager
     def _looking(self, ds_idx, dl, cbs):
         "Within, nothing leaves a trace; a loader of the learner's gives features where it can"
-        with stop_between_batches(), kept_attributes(*whole(self)):
+        with stop_between_batches(), kept_attributes(*whole(self)), kept_modes(self.model):
             self._course = 0, None, None  # a look in the midst of a fit keeps nothing
             with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else nullcontext(): yield
 
@@ -183,7 +184,7 @@ class Learner(Fits):
         for_epochs:int=None,  # Epochs of the fit that the answer is for: the sweep then takes at most an eighth of its time
     ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`; a fit takes it as its learning rate
         "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …, suggested: …` (not within `no_logging`). Nothing of the learner changes."
-        with stop_between_batches(), self._seeded(), self._on_features((0,), valid=False):
+        with stop_between_batches(), kept_random(*self.dls.loaders), self._seeded(), self._on_features((0,), valid=False):
             return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios, for_epochs)
 
     @contextmanager

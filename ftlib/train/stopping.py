@@ -60,7 +60,8 @@ class EarlyStopping(Follower):
 
     def _stop(self, epoch):
         self.stopped_at = epoch
-        said = f'Epoch {epoch}: no better {self.monitor} than {self.best:.4g} for {self.waited} epochs'
+        if self.best is None: said = f'Epoch {epoch}: {self.monitor} was no finite number in {self.waited} epochs; take a lower learning rate'
+        else: said = f'Epoch {epoch}: no better {self.monitor} than {self.best:.4g} for {self.waited} epochs'
         last = min(epoch + self.cooldown, self.learn.n_epoch - 1)
         if last == epoch or self.kept is None or self.kept['opt'] is None:  # an earlier fit's rates are not this one's
             say(self.learn, f'{said}; this fit ends here.')
