@@ -54,7 +54,7 @@ class Run:
         if (split := split_of(self.learn.dls)) is not None: tables["split"] = split
         steps = {f"{name}.csv": partial(table.to_csv, out / f"{name}.csv", index=False) for name, table in tables.items()}
         steps["report.html"] = partial(self.report.save, out, title="Validation set")
-        plots = {f"lr_find_{name.replace(' ', '_')}": found.plot for name, found in self.curves.items()}
+        plots = {f"lr_find_{name.replace(' ', '_')}": found.plot for name, found in self.curves.items() if len(found.curve)}
         plots |= {"history": self.learn.plot_history, "per_class": self.report.plot_per_class}
         steps |= {f"{name}.png": partial(save_picture, draw, out / f"{name}.png") for name, draw in plots.items()}
         for name, write in steps.items():

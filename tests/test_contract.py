@@ -21,6 +21,7 @@ import ftlib
 from ftlib.models.network import Body, Network, Normalize
 from ftlib.teach.distill import Distill
 from ftlib.teach.hints import Hints
+from ftlib.train.best import BestWeights
 from ftlib.train.checkpoint import remembered
 from ftlib.train.fits import FiniteLoss
 from ftlib.train.groups import FrozenParts
@@ -35,7 +36,7 @@ from ftlib.train.trackers import Follower, ReduceLROnPlateau
 MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
           Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), Hints: lambda: Hints(TEACHER, 'fitnet')}
 # Every learner has the first ones; of `Follower` others are made, and `LRSweep` belongs to the rate finder
-NOT_GIVEN = {Recorder, Progress, EpochLog, FiniteLoss, FrozenParts, Follower, LRSweep}
+NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, FiniteLoss, FrozenParts, Follower, LRSweep}
 FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback, "EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
           "fastai's plateau": partial(FastaiPlateau, patience=1), "TerminateOnNaN": fc.TerminateOnNaNCallback, "Tracker": fc.TrackerCallback, "MixUp": fc.MixUp,
           "CutMix": fc.CutMix, "GradientAccumulation": partial(fc.GradientAccumulation, 96), "GradientClip": fc.GradientClip, "BnFreeze": fc.BnFreeze,

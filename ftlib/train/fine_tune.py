@@ -98,7 +98,7 @@ _NOT_FINITE = 'no epoch ended on a finite validation loss. Look for NaN in the i
 
 
 class Compared(Callback):
-    "For a fit whose caller compares it with earlier ones, and leaves the best weights"
+    "Marks a fit whose caller compares it with earlier ones and restores the best weights"
     restores_best = True
 
 
@@ -118,6 +118,8 @@ class _Run:
         if freeze_epochs != 0 and self._has_head(): self._train_head(freeze_epochs)
         if self.rows and self.validates: self._remember_head()
         if epochs: self._train_all(epochs)
+        if epochs and self.validates: self._keep_the_better()
+        for row in self.rows: row.setdefault('kept', row is self.rows[-1])
         self.learn.fine_tuning, self.learn.sweeps = pd.DataFrame(self.rows), self.sweeps
 
     def _has_head(self):
@@ -137,14 +139,15 @@ class _Run:
         self._note('head', lr, start, 'on cached features' if cached else 'on images')
 
     def _remember_head(self):
-        "The best head, and what it makes of each validation image. The whole network starts from the head with the lowest validation loss"
+        "The best head, and what it makes of each validation image"
         best = self.learn.best_weights
         if not best.restore(): raise RunFailed(f'the head: {_NOT_FINITE}')
         self.head, self.head_weights = judge(self.learn), _copy_of(self.learn.model)
-        best.restore('valid_loss')
+        self.before = 'the head' if best.best[best.monitor]['at'][0] == self.rows[0]['fit'] else f'the weights from before, {best.describe()}'
 
     def _train_all(self, epochs):
         learn, start = self.learn, time.perf_counter()
+        if self.head_weights is not None: learn.best_weights.restore('valid_loss')  # the best start, where accuracies are level
         n = len(learn.opt.hypers)
         ratios = np.geomspace(1 / RATIO, 1, n) if learn.pretrained and n > 1 else np.ones(n)  # random weights have nothing to keep
         k = int((ratios < HARDLY).sum())
@@ -155,7 +158,6 @@ class _Run:
                 learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5., **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
             finally: learn.unfreeze()
         self._note('whole network', lr, start, 'of all stages' if not k else f'of all stages but {", ".join(learn.groups_table().index[:k])}')
-        if self.validates: self._keep_the_better()
 
     @contextmanager
     def _every_view_anew(self):
@@ -199,11 +201,10 @@ class _Run:
         if ends_on_whole and (verdict is None or verdict.better): text = 'the whole network' + (f': {verdict.text}' if verdict else '')
         elif self.head_weights is None: text = f'the weights from before, {best.describe()}'
         else:
+            text = f'{self.before}. Training the whole network did not improve it beyond noise: {verdict.text if verdict else f"no epoch had a better {best.monitor}"}. More or larger images, or more epochs, may help'
             self.learn.model.load_state_dict(self.head_weights)
             self.learn.opt.clear_state()
-            found = verdict.text if verdict else f'no epoch had a better {best.monitor}'
-            text = f'the head. Training the whole network did not improve it beyond noise: {found}. More or larger images, or more epochs, may help'
-        for row in self.rows: row['kept'] = row is (self.rows[0] if text.startswith('the head') else self.rows[-1])
+        for row in self.rows: row['kept'] = text.startswith(f'the {row["phase"]}')
         say(self.learn, f'Kept: {text}.')
 
     def undo_if_nothing_is_known(self):
