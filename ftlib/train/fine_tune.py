@@ -157,7 +157,7 @@ class _Run:
                 lr = self.lr / (2 if self.rows else 1) if self.lr else self._learning_rate('whole network', ratios=ratios.tolist(), for_epochs=epochs)
                 learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5., **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
             finally: learn.unfreeze()
-        self._note('whole network', lr, start, 'of all stages' if not k else f'of all stages but {", ".join(learn.groups_table().index[:k])}')
+        self._note('whole network', lr, start, 'of all stages' if not k else f'of all stages but {" and ".join(learn.groups_table().index[:k])}')
 
     @contextmanager
     def _every_view_anew(self):
@@ -176,7 +176,7 @@ class _Run:
         rows = self.learn.epoch_log.rows
         rows = [r for r in rows if r['phase'] == rows[-1]['phase']]
         row = dict(phase=phase, fit=rows[-1]['phase'], epochs=len(rows), lr=lr, seconds=time.perf_counter() - start)
-        text = f'{phase.capitalize()}: {len(rows)} epochs {how}, learning rate {lr:.1e}, {row["seconds"]:.0f} s'
+        text = f'{phase.capitalize()}: {len(rows)} epoch{"s" * (len(rows) != 1)} {how}, learning rate {lr:.1e}, {row["seconds"]:.0f} s'
         if self.validates:
             best, monitor = self._best_of(rows), self.learn.best_weights.monitor
             row |= {'best epoch': best['epoch'], monitor: float(best[monitor]), 'valid_loss': float(best['valid_loss'])}
