@@ -18,6 +18,14 @@ from ftlib.data.interrupt import TrainingStopped, check_stop, stop_between_batch
 from ftlib.train.vision import vision_learner
 
 
+@pytest.fixture(autouse=True)
+def handler():
+    "Python's own, which is not there where the tests run in the background"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press():
     "Ctrl-C, as the terminal or Jupyter sends it"
     os.kill(os.getpid(), signal.SIGINT)

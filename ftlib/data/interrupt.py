@@ -48,9 +48,10 @@ def stop_between_batches():
         yield
         return
     guard = _Guard()
-    _active.append(guard)
-    signal.signal(signal.SIGINT, guard.handle)
-    try: yield
+    try:
+        _active.append(guard)
+        signal.signal(signal.SIGINT, guard.handle)
+        yield
     except Exception as e:
         # Ctrl-C in a terminal reaches the worker processes too: what a dead worker causes is the stop, not an error
         if guard.requested: raise TrainingStopped("stopped by Ctrl-C") from e

@@ -88,8 +88,9 @@ def fine_tune(
     run = _Run(learn, lr, kwargs)
     with stop_between_batches():
         try: run.train(epochs, freeze_epochs)
+        except KeyboardInterrupt as e: raise TrainingStopped(run.break_off()) from e.__cause__
         except BaseException:
-            run.undo_if_nothing_is_known()
+            run.break_off()
             raise
     return learn.fine_tuning
 
@@ -207,8 +208,9 @@ class _Run:
         for row in self.rows: row['kept'] = text.startswith(f'the {row["phase"]}')
         say(self.learn, f'Kept: {text}.')
 
-    def undo_if_nothing_is_known(self):
-        "Before the first epoch has been validated, a run that breaks off leaves the weights from before"
-        learn = self.learn
-        if len(learn.epoch_log.rows) > self.n_rows: learn.best_weights.restore()
-        else: learn.model.load_state_dict(self.start)
+    def break_off(self):
+        "Leave the best weights so far, or those from before where no epoch was validated; says which"
+        restored = self.learn.best_weights.restore() if len(self.learn.epoch_log.rows) > self.n_rows else None
+        if restored: return f'Training was stopped. The learner holds the best weights so far: {restored}. Fit again to go on from there.'
+        self.learn.model.load_state_dict(self.start)
+        return 'Training was stopped before an epoch was validated. The learner holds the weights from before.'
