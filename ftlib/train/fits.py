@@ -99,13 +99,16 @@ class Fits(Stepping):
         epochs:int,              # Epochs with the whole network training
         base_lr:float=None,      # Learning rate, as in fastai; None: found before each phase
         freeze_epochs:int=None,  # Epochs of the head before them; without `base_lr` at most so many, by default until it stops improving
-        lr_mult=100, pct_start=.3, div=5.,  # With `base_lr`, as in fastai
+        lr_mult:float=None,      # As in fastai (100): the head's learning rate over that of the first stage
+        pct_start:float=None,    # As in fastai (.3): the share of the second phase in which the learning rate rises
+        div:float=None,          # As in fastai (5): the peak of that learning rate over its start
         **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
     ):
-        "Train the head, then the whole network, and keep the better of both (`ftlib.train.fine_tune`). With `base_lr` it is fastai's `fine_tune`."
-        if base_lr is None:
+        "Train the head, then the whole network, and keep the better of both (`ftlib.train.fine_tune`). With `base_lr`, `lr_mult`, `pct_start` or `div` it is fastai's `fine_tune`."
+        if all(o is None for o in (base_lr, lr_mult, pct_start, div)):
             fine_tune(self, epochs, freeze_epochs, **kwargs)
             return
+        base_lr, lr_mult, pct_start, div = (given if given is not None else default for given, default in ((base_lr, 2e-3), (lr_mult, 100), (pct_start, .3), (div, 5.)))
         freeze_epochs = 1 if freeze_epochs is None else freeze_epochs
         self.freeze()
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
