@@ -116,9 +116,7 @@ def _source(items, labels, splits=None, classes=None, path=".", others=()):
     if not items: raise DataError("there are no pictures: the source is empty.")
     blank = [i for i, x in enumerate(labels) if x is None or x is pd.NA or x != x or str(x).strip() == ""]
     if blank:
-        raise DataError(f"{len(blank)} of {len(items)} pictures have no label, first {items[blank[0]]} (row "
-                        f"{blank[0]}): "
-                        "label them or leave them out.")
+        raise DataError(f"{len(blank)} of {len(items)} pictures have no label, first {items[blank[0]]} (row {blank[0]}): label them or leave them out.")
     labels = [_text(x, classes) for x in labels]
     table = pd.DataFrame({"item": pd.Series(items, dtype=object), "label": labels,
                           "split": pd.Series([None] * len(items) if splits is None else list(splits), dtype=object)})
@@ -138,10 +136,9 @@ def _files(folder, seen=None):
 
 def _is_new(path, seen):
     "Was the real path not met before? Then it is from now on"
-    real = os.path.realpath(path)
-    if real in seen: return False
-    seen.add(real)
-    return True
+    before = len(seen)
+    seen.add(os.path.realpath(path))
+    return len(seen) > before
 
 
 def _folders(folder):
@@ -155,14 +152,13 @@ def _is_picture(path, endings={end for end, name in Image.registered_extensions(
 
 def _check_split_names(tops):
     "Raises `DataError` for a folder beside `train` that is probably meant as a split, but is not called like one"
-    names = {p.name.lower() for p in tops}
-    if not {n for n, split in _SPLITS.items() if split == "train"} & names: return
-    for name in sorted(names - set(_SPLITS)):
-        meant = next((split for part, split in _LIKE_SPLITS.items() if part in name), None)
+    names = sorted(p.name.lower() for p in tops)
+    for name in names if any(_SPLITS.get(n) == "train" for n in names) else ():
+        meant = next((split for part, split in _LIKE_SPLITS.items() if part in name and name not in _SPLITS), None)
         if meant: raise DataError(f"the folder {name!r} beside 'train' is no split. Did you mean {meant!r}? Splits are called 'train', 'valid' and 'test'.")
 
 
-_LIKE_SPLITS = {"val": "valid", "dev": "valid", "test": "test", "holdout": "test", "hold_out": "test", "hold-out": "test", "train": "train"}
+_LIKE_SPLITS = {"val": "valid", "dev": "valid", "test": "test", "holdout": "test", "hold_out": "test", "train": "train"}
 
 
 # Endings of images that are not read here: a folder of such files was meant as a class
@@ -172,10 +168,9 @@ _UNREAD = {"", ".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".cr3", ".nef"
 def _check_dropped(dropped, classes):
     "Warns of files in the folders of classes whose names don't end like those of images. Raises `DataError` for a class of which nothing is left"
     if not dropped: return
-    endings = Counter(file.suffix.lower() or "no ending" for _, file in dropped)
-    shown = ", ".join(f"{n:,} with {end}" for end, n in endings.most_common(5))
-    text = (f"{len(dropped):,} files are left out, because their names do not end like those of images that can be read ({shown}; the first: {dropped[0][1]}). "
-            "Convert or rename them, or delete them.")
+    endings = Counter(file.suffix.lower() or "no ending" for _, file in dropped).most_common(5)
+    shown = ", ".join(f"{n:,} with {end}" for end, n in endings)
+    text = f"{len(dropped):,} files are left out: their names do not end like those of images ({shown}; the first: {dropped[0][1]}). Convert, rename or delete them."
     gone = [name for name, file in dropped if name not in classes and file.suffix.lower() in _UNREAD]
     if gone: raise DataError(f"class {gone[0]!r} has no image left: {text}")
     warnings.warn(text, stacklevel=4)
@@ -208,8 +203,7 @@ def from_folder(
         source = _source(*zip(*rows), path=path, others=others)
         source.empty = [p for p in unfilled if not _files(p)]
         return source
-    loose = sum(map(_is_picture, others))
-    has = f"{loose:,} pictures, but none inside the folder of a class" if loose else "no pictures in it"
+    has = f"{loose:,} pictures, but none inside the folder of a class" if (loose := sum(map(_is_picture, others))) else "no pictures in it"
     raise DataError(f"{path} has {has}: it should hold one folder of pictures for each class.")
 
 # %% ../../nbs/02_data.sources.ipynb #ea9d3682
@@ -226,8 +220,7 @@ def from_frame(
     if not len(frame): raise DataError("the table has no rows: give one row a picture.")
     nameless = frame[item].isna()
     if nameless.any():
-        raise DataError(f"{nameless.sum()} rows have no {item!r}, first row {int(np.argmax(nameless))}: fill "
-                        "them or drop them.")
+        raise DataError(f"{nameless.sum()} rows have no {item!r}, first row {int(np.argmax(nameless))}: fill them or drop them.")
     root = Path(root)
     items = [root / x if isinstance(x, (str, Path)) else x for x in frame[item]]
     labels, classes = frame[label], None
@@ -326,5 +319,4 @@ def read_source(
         root = Path("." if root is None else existing(root))
         return _source([root / x if isinstance(x, (str, Path)) else x for x in source[0]], source[1], path=root)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"): return from_dataset(source)
-    raise DataError(f"pictures can't be read from a {type(source).__name__}: give a folder, a .csv, a DataFrame, "
-                    "(files, labels), a dataset or a mapping.")
+    raise DataError(f"pictures can't be read from a {type(source).__name__}: give a folder, a .csv, a DataFrame, (files, labels), a dataset or a mapping.")
