@@ -116,17 +116,17 @@ class _Run:
 
     def train(self, epochs, freeze_epochs):
         if self.learn.opt is None: self.learn.create_opt()
-        if freeze_epochs != 0 and self._has_head(): self._train_head(freeze_epochs)
+        if freeze_epochs != 0 and self._has_head(freeze_epochs): self._train_head(freeze_epochs)
         if self.rows and self.validates: self._remember_head()
         if epochs: self._train_all(epochs)
         if epochs and self.validates: self._keep_the_better()
         for row in self.rows: row.setdefault('kept', row is self.rows[-1])
         self.learn.fine_tuning, self.learn.sweeps = pd.DataFrame(self.rows), self.sweeps
 
-    def _has_head(self):
-        "Is there a body with weights worth keeping, and a head that trains?"
+    def _has_head(self, asked):
+        "Is there a body with weights worth keeping (or were epochs of the head asked for), and a head that trains?"
         table = self.learn.groups_table()
-        return self.learn.pretrained and len(table) > 1 and table.parameters.iloc[-1] > 0
+        return (self.learn.pretrained or asked) and len(table) > 1 and table.parameters.iloc[-1] > 0
 
     def _train_head(self, epochs):
         learn, cbs = self.learn, L(self.kwargs.get('cbs'))
