@@ -41,7 +41,7 @@ def solar_cells() -> Demo:  # Raises `ModuleNotFoundError` with the pip line whe
     return Demo(
         "solar cells", f"{len(table):,} photographs of solar cells, {(table['label'] == 'functional').mean():.0%} functional; "
         "by Deitsch, Buerhop-Lutz et al., licence CC BY-NC-SA 4.0 (not for commercial use)",
-        table[["path", "label"]], dict(size=112, valid=.15, test=.25, bs=32, flips="both"), "tf_efficientnet_lite0", epochs=5, wanted="defective")
+        table[["path", "label"]], dict(size=112, valid=.15, test=.25, bs=32, flips="both"), "tf_efficientnet_lite0", epochs=4, wanted="defective")
 
 # %% ../nbs/89_demo.ipynb #d68e7b68
 def digits() -> Demo:
