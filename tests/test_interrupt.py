@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from ftlib.data import interrupt
 from ftlib.data.images import image_data
 from ftlib.data.interrupt import TrainingStopped, check_stop, stop_between_batches
+from ftlib.train.fine_tune import Verdict
 from ftlib.train.vision import vision_learner
 
 
@@ -154,3 +155,21 @@ def test_some_interruptions(make): assert interrupted(make, 6, 0) > 1
 
 @pytest.mark.slow
 def test_two_hundred_interruptions(make): assert interrupted(make, 200, 1) > 100
+
+
+# ---- what `fine_tune` leaves
+
+@pytest.mark.parametrize("better", [False, True])
+def test_the_comparison_decides_which_weights_stay(make, monkeypatch, better):
+    "One epoch of the head, so that the whole network has the lower loss: its weights stay only where the comparison says that they are better"
+    judged = []
+    def judge(learn): judged.append([v.clone() for v in learn.model.state_dict().values()])
+    monkeypatch.setattr("ftlib.train.fine_tune.judge", lambda learn: judge(learn) or "judged")
+    monkeypatch.setattr("ftlib.train.fine_tune.compare_on_images", lambda before, after: Verdict(better, "", 1., 1.))
+    learn = make()
+    learn.metrics = []
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, freeze_epochs=1)
+    head, whole = judged
+    assert not all(map(torch.equal, head, whole)), "the whole network was the better one by its loss"
+    assert all(map(torch.equal, learn.model.state_dict().values(), whole if better else head))
+    assert learn.fine_tuning.kept.tolist() == [not better, better]
