@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -40,8 +41,8 @@ class Arithmetic:
         return torch.autocast(device.type, DTYPES[self.dtype])
 
     def laid_out(self, x):  # A batch
-        "The batch in this layout"
-        return x.to(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+        "The batch in this layout; what is no batch of images (N×C×H×W) is left as it is"
+        return x.to(memory_format=torch.channels_last) if self.channels_last and torch.is_tensor(x) and x.ndim == 4 else x
 
     def place(self, net):  # A network; its weights are laid out anew in place
         "The network in this layout"
@@ -59,36 +60,48 @@ def as_arithmetic(
     return Arithmetic(precision, channels_last=True)
 
 # %% ../../nbs/30_train.precision.ipynb #08864e0c
+def _tensors(out):
+    "The floating-point tensors in what a network gives: one, or a tuple, list or dictionary of them"
+    if torch.is_tensor(out): return [out] if out.is_floating_point() else []
+    parts = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
+    return [t for o in parts for t in _tensors(o)]
+
+
 def measure(
     net,               # A network, in the state in which it will train
-    x,                 # A batch
-    y,                 # Its targets
-    loss_func,
+    x,                 # A batch of images
     ways=None,         # `Arithmetic`s to try; by default those that the device has
     repeats:int=2,     # Timed steps of each, after one that is not
-) -> pd.DataFrame:     # By way: milliseconds a step, the loss, its relative difference from single precision
-    "Times forward and backward passes. Weights, statistics and gradients are as before."
-    device, rows = x.device, []
-    trains = any(p.requires_grad for p in net.parameters())
-    kept = {n: b.detach().clone() for n, b in net.named_buffers()}
-    for way in ways or _ways(device):
-        way.place(net)
-        batch, times = way.laid_out(x), []
-        for i in range(repeats + 1):
-            start = time.perf_counter()
-            with torch.random.fork_rng(), way.autocast(device), torch.set_grad_enabled(trains):
-                torch.manual_seed(0)  # the same dropout for all
-                loss = loss_func(net.forward(batch).float(), y)  # compiled, each way would take a minute
-            if trains: loss.mean().backward()
-            if device.type == 'cuda': torch.cuda.synchronize(device)
-            if i: times.append(time.perf_counter() - start)
-        rows.append(dict(way=way, ms=1e3 * min(times), loss=float(loss.detach().mean())))
-        for p in net.parameters(): p.grad = None
-        with torch.no_grad():
-            for n, b in net.named_buffers(): b.copy_(kept[n])
+) -> pd.DataFrame:     # By way: milliseconds a step, root mean square of the outputs, its relative difference from single precision
+    """Times forward and backward passes from the outputs on, whatever the loss is; a way that the network cannot compute in is left out.
+    Weights, statistics and gradients are as before."""
+    rows, kept = [], {n: b.detach().clone() for n, b in net.named_buffers()}
+    for way in ways or _ways(x.device):
+        try: rows.append(_timed(net, x, way, repeats))
+        except RuntimeError:
+            if not rows: raise  # not the layout or the precision: the network cannot be computed at all
+        finally:
+            for p in net.parameters(): p.grad = None
+            with torch.no_grad():
+                for n, b in net.named_buffers(): b.copy_(kept[n])
     table = pd.DataFrame(rows)
-    table['off'] = (table.loss - table.loss[0]).abs() / max(abs(table.loss[0]), .1)
+    table['off'] = (table['size'] - table['size'][0]).abs() / max(abs(table['size'][0]), .1)
     return table.set_index('way')
+
+
+def _timed(net, x, way, repeats):
+    "A row of `measure`"
+    way.place(net)
+    batch, times, trains = way.laid_out(x), [], any(p.requires_grad for p in net.parameters())
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        with torch.random.fork_rng(), way.autocast(x.device), torch.set_grad_enabled(trains):
+            torch.manual_seed(0)  # the same dropout for all
+            loss = sum(t.float().square().mean() for t in _tensors(net.forward(batch)))  # compiled, each way would take a minute
+        if trains and torch.is_tensor(loss) and loss.requires_grad: loss.backward()
+        if x.device.type == 'cuda': torch.cuda.synchronize(x.device)
+        if i: times.append(time.perf_counter() - start)
+    return dict(way=way, ms=1e3 * min(times), size=float(torch.as_tensor(loss).detach()) ** .5)
 
 
 def _ways(device):
@@ -101,10 +114,10 @@ def _ways(device):
 
 def choose(
     table,                 # From `measure`
-    tolerance:float=.02,   # How far the loss may be from that of single precision, as a share of it
+    tolerance:float=.02,   # How far the outputs may be from those of single precision, as a share of them
     gain:float=.1,         # How much faster another way must be to be taken
 ) -> Arithmetic:
-    "The fastest way whose loss agrees."
+    "The fastest way whose outputs agree."
     agreeing = table[table.off <= tolerance]
     if not len(agreeing): return table.index[0]  # no number at all, which training will say
     best = agreeing.ms.idxmin()
@@ -126,8 +139,8 @@ def _remembered():
 
 
 def fastest(
-    net, x, y, loss_func,  # See `measure`
-    say=None,              # Called with a line when something was measured
+    net, x,    # See `measure`
+    say=None,  # Called with a line when something was measured
 ) -> Arithmetic:
     "What `$FTLIB_PRECISION` says, or the way that was found best for this machine, network and size; measured where it is not known yet."
     if (given := os.environ.get('FTLIB_PRECISION', 'auto')) != 'auto': return as_arithmetic(given)
@@ -135,7 +148,7 @@ def fastest(
     key = digest(machine(), *what, str(tuple(x.shape[1:])), str(x.device.type))
     path, known = _remembered()
     if key in known: return Arithmetic(*known[key])
-    table = measure(net, x, y, loss_func)
+    table = measure(net, x)
     best = choose(table)
     if say is not None: say(f'precision: {best} ({"; ".join(f"{w} {ms:.0f} ms" for w, ms in table.ms.items())})')
     _remember(path, key, best)
@@ -148,7 +161,7 @@ def placed(
     precision,  # 'auto', 'fp32', 'bf16' or an `Arithmetic`
 ) -> Arithmetic:
     "The network in the layout that is wanted, and how to compute with it."
-    way = fastest(net, x[:8], None, lambda out, y: out.square().mean()) if precision == 'auto' else as_arithmetic(precision)
+    way = fastest(net, x[:8]) if precision == 'auto' else as_arithmetic(precision)
     way.place(net)
     return way
 

@@ -12,7 +12,7 @@ import torch
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException, _inner_loop, event
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
-from fastai.torch_core import to_float
+from fastai.torch_core import find_bs, to_concat, to_detach, to_float
 
 from ..data.interrupt import check_stop
 from ..models.folded import folded
@@ -66,6 +66,7 @@ class Stepping(Grouped):
     "`Grouped` with a step that chooses its arithmetic, and takes a batch in parts of `most` pictures once memory has run out."
     precision, arithmetic, most = 'auto', None, None  # see `Learner`
     _device = None  # where the network was at the first batch of a pass
+    _untried = False  # was the arithmetic chosen for this batch?
     part = slice(None)  # of the batch, that is in the network now
     folds, _folded = False, None  # whether a pass is to fold norms; the copy that then stands in for the network
 
@@ -100,15 +101,15 @@ class Stepping(Grouped):
 
     def _set_device(self, b):
         "As fastai's; a batch that is there already is left as it is"
-        if self.iter == 0: self._device = next(self.model.parameters()).device
+        if self.iter == 0 or self._device is None: self._device = next(self.model.parameters()).device
         return b if all(isinstance(o, torch.Tensor) and o.device == self._device for o in b) else super()._set_device(b)
 
     def _do_one_batch(self):
         "As fastai's, in the arithmetic that was chosen, and in parts where it must"
-        if self.arithmetic is None and self.training and len(self.yb): self.arithmetic = self._fastest()
+        if self.arithmetic is None and self.training and len(self.yb): self.arithmetic, self._untried = self._fastest(), True
         if self.iter == 0 and self.training and isinstance(self.opt, TorchOptimizer): self.opt.follow_layout()
         if self.folds and not self.training: self._fold()
-        n = len(self.xb[0])
+        n = find_bs(self.xb)
         while True:
             try: return self._at_once() if self.most is None or n <= self.most else self._in_parts(n)
             except (RuntimeError, MemoryError) as e:
@@ -122,9 +123,7 @@ class Stepping(Grouped):
 
     def _score(self):
         "Predictions and loss of what `xb` and `yb` hold now"
-        way = self.arithmetic or Arithmetic()
-        with way.autocast(self.xb[0].device): pred = (self.model if self._folded is None else self._folded)(*map(way.laid_out, self.xb))
-        self.pred = pred if way.dtype == 'fp32' else to_float(pred)
+        self.pred = self._forward()
         self('after_pred')
         if len(self.yb):
             # fastai's tensors ask Python at every operation that follows; a loss needs none of what they know
@@ -132,11 +131,23 @@ class Stepping(Grouped):
             self.loss = self.loss_grad.clone()
         self('after_loss')
 
+    def _forward(self):
+        "What the network makes of `xb`. Another network of the same name may have chosen the arithmetic: where this one can't compute so, single precision"
+        way, untried, self._untried = self.arithmetic or Arithmetic(), self._untried, False
+        try:
+            with way.autocast(self._device): pred = (self.model if self._folded is None else self._folded)(*map(way.laid_out, self.xb))
+        except RuntimeError as e:
+            if not untried or way == Arithmetic() or is_out_of_memory(e): raise
+            self.arithmetic = Arithmetic()
+            self.arithmetic.place(self.model)
+        else: return pred if way.dtype == 'fp32' else to_float(pred)
+        return self._forward()
+
     def _fold(self):
         "Where there are pictures enough to be worth it and nothing listens to single layers, a folded copy stands in"
         self.folds, x = False, self.xb[0]
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
-        if hooked or len(self.xb) > 1 or x.ndim != 4 or self.n_iter * len(x) < 256 or hasattr(self, 'mixed_precision'): return
+        if hooked or len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4 or self.n_iter * len(x) < 256 or hasattr(self, 'mixed_precision'): return
         self._folded = folded(self.model, x[:2].as_subclass(torch.Tensor))
         if self.arithmetic is not None: self.arithmetic.place(self._folded)
 
@@ -148,7 +159,7 @@ class Stepping(Grouped):
                 self.part = slice(i, i + self.most)
                 self.xb, self.yb = (tuple(o[self.part] for o in b) for b in (xb, yb))
                 self._score()
-                preds.append(self.pred.detach())
+                preds.append(to_detach(self.pred, cpu=False))
                 if not len(yb): continue
                 share = len(self.xb[0]) / n if self.loss.ndim == 0 and getattr(self.loss_func, 'reduction', 'mean') == 'mean' else 1.
                 losses.append(self.loss.detach() * share)
@@ -156,7 +167,7 @@ class Stepping(Grouped):
                 self.loss_grad = self.loss_grad * share
                 self._with_events(self._backward, 'backward', CancelBackwardException)
         finally: self.xb, self.yb, self.part = xb, yb, slice(None)
-        self.pred = torch.cat(preds)
+        self.pred = to_concat(preds)
         if losses: self.loss = torch.stack(losses).sum() if losses[0].ndim == 0 else torch.cat(losses)
         if not self.training or not losses: return
         self._with_events(self._step, 'step', CancelStepException)
@@ -165,7 +176,7 @@ class Stepping(Grouped):
     def _divides(self, n):
         "Can the batch be divided further, and would the gradients be right?"
         whole = hasattr(self, 'mixed_precision') or any(isinstance(cb, (MixHandler, GradientAccumulation)) for cb in self.cbs)
-        return min(n, self.most or n) > 1 and not whole
+        return min(n, self.most or n) > 1 and not whole and all(map(torch.is_tensor, (*self.xb, *self.yb)))
 
     def _halve(self, n):
         self.most = (min(n, self.most or n) + 1) // 2
@@ -177,8 +188,9 @@ class Stepping(Grouped):
     def _fastest(self):
         "The arithmetic for what trains now; single precision where there is little to gain, or another callback sees to it"
         x, net = self.xb[0], self.model
+        if len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4: return Arithmetic()
         head_alone = getattr(net, '_begins', None) is not None and net.frozen == len(net.stages)
-        if head_alone or hasattr(self, 'mixed_precision') or len(self.xb) > 1 or x.ndim != 4: return Arithmetic()
-        way = fastest(net, x[:8].as_subclass(torch.Tensor), self.yb[0][:8], self.loss_func)
+        if head_alone or hasattr(self, 'mixed_precision'): return Arithmetic()
+        way = fastest(net, x[:8].as_subclass(torch.Tensor))
         way.place(net)
         return way
