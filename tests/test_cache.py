@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -13,13 +14,15 @@ import pytest
 import torch
 from fastai.callback.mixup import MixUp
 from fastai.metrics import accuracy
+from fastai.vision.core import PILImage, TensorImage
+from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
 from ftlib.data.cache import DecodedPictures, picture_name, trim
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
-from ftlib.train.frozen import MixFeatures, features_of, is_random, on_features
+from ftlib.train.frozen import MixFeatures, features_of, is_random, on_features, outputs_of
 from ftlib.train.store import FeatureStore
 from ftlib.train.vision import vision_learner
 
@@ -102,6 +105,148 @@ def test_precision_and_view_are_part_of_it(folder):
     net, dl, store = network(), data(folder).train, FeatureStore(folder=folder.parent / "store")
     counts = [computed(store, net, dl, **k) for k in ({}, {"view": 1}, {"precision": "bf16"}, {"view": 1})]
     assert counts == [len(dl.dataset)] * 3 + [0]
+
+
+LEVEL = 1.
+
+
+def level(x): return x * LEVEL
+
+
+class Level(Transform):
+    factor = 1.
+    def encodes(self, x:TensorImage): return level(x) * self.factor
+
+
+def other_global(monkeypatch): monkeypatch.setitem(globals(), "LEVEL", .5)
+def other_helper(monkeypatch): monkeypatch.setitem(globals(), "level", lambda x: x * .5)
+def other_attribute(monkeypatch): monkeypatch.setattr(Level, "factor", .5)
+
+
+@pytest.mark.parametrize("place", ["after_item", "before_batch", "after_batch"])
+@pytest.mark.parametrize("change", [other_global, other_helper, other_attribute])
+def test_a_transform_that_is_edited_makes_new_features(folder, monkeypatch, place, change):
+    net, store = network(), FeatureStore(folder=folder.parent / "store")
+    def dl():
+        dl = data(folder, augment=None).valid
+        getattr(dl, place).add(Level())
+        return dl
+    assert computed(store, net, dl()) == 6 and computed(store, net, dl()) == 0
+    change(monkeypatch)
+    assert computed(store, net, dl()) == 6 and computed(store, net, dl()) == 0
+    monkeypatch.undo()
+    assert computed(store, net, dl()) == 0
+
+
+def test_what_cannot_be_told_is_not_remembered(folder, capsys):
+    with open(os.devnull) as file:
+        class Odd(Transform):
+            def encodes(self, x:TensorImage): return x if file else x * 2
+        dls = data(folder, augment=None)
+        dls.train.after_batch.add(Odd())
+        learn = vision_learner(dls, network(), metrics=accuracy, precision="fp32")
+        learn.freeze_to(-2)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert list(learn.history.cached) == [0] and "cannot be told when it changes" in capsys.readouterr().out
+
+
+def noise(x): return x + torch.randn(x.shape) * 20 if isinstance(x, TensorImage) else x
+class Noise(Transform):
+    split_idx = 0
+    def encodes(self, x:TensorImage): return noise(x)
+def noisy_image(x:PILImage): return PILImage.create(np.uint8(np.clip(np.asarray(x, int) + np.random.randint(-80, 80), 0, 255)))
+
+
+@pytest.mark.parametrize("place, transform", [("after_batch", noise), ("after_batch", Noise()), ("after_batch", Transform(noise, split_idx=0)), ("after_batch", Transform(noise)),
+                                              ("after_item", noisy_image), ("after_item", Transform(noisy_image, split_idx=0))])
+def test_a_random_function_has_views(folder, place, transform):
+    dls = data(folder, augment=None)
+    getattr(dls.train, place).add(transform if isinstance(transform, Transform) else Transform(transform, order=50 if place == "after_batch" else -5))
+    learn = vision_learner(dls, network(), views=3, precision="fp32")
+    learn.freeze_to(-2)
+    assert is_random(dls.train)
+    with on_features(learn, range(6), views=3, store=FeatureStore(folder=folder.parent / "store")):
+        dl, names = learn.dls.train, learn.dls.train.names
+        first = [v.take(v.places(names)) for v in dl.views]
+    assert len(dl.views) == 3 and not any(torch.equal(first[i], first[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+BASE = 1.
+
+
+class Teacher(nn.Module):
+    "Its answer depends on an attribute, a class attribute, a global, and a thing that may be no longer the same"
+    sign = 1.
+
+    def __init__(self, k=1., what=None):
+        super().__init__()
+        self.k, self.what = k, what
+
+    def forward(self, x): return x.mean((2, 3))[:, :2] * self.k * self.sign * BASE
+
+
+def asked(net, dl, store):
+    names = [picture_name(o) for o in dl.dataset.tls[0].items]
+    found = outputs_of(net, dl, names, store=store, dtype=torch.float32, fresh=True)
+    return found.take(found.places(names))
+
+
+@pytest.mark.parametrize("change", [lambda m: Teacher(-2.), lambda m: m.setattr(Teacher, "sign", -2.) or Teacher(), lambda m: m.setitem(globals(), "BASE", -2.) or Teacher(),
+                                    lambda m: m.setattr(Teacher, "forward", lambda self, x: -2 * x.mean((2, 3))[:, :2]) or Teacher()])
+@pytest.mark.parametrize("inside", [lambda net: net, lambda net: nn.Sequential(nn.Identity(), net)])
+def test_another_teacher_is_asked_anew(folder, monkeypatch, change, inside):
+    dl, store = data(folder, augment=None).valid, FeatureStore(folder=folder.parent / "store")
+    first = asked(inside(Teacher()), dl, store)
+    assert torch.equal(asked(inside(Teacher()), dl, store), first) and len(store.known) == 1
+    assert torch.allclose(asked(inside(change(monkeypatch)), dl, store), -2 * first)
+
+
+def test_a_teacher_that_cannot_be_told_is_asked_each_time(folder):
+    dl, store = data(folder, augment=None).valid, FeatureStore(folder=folder.parent / "store")
+    net = Teacher(what=weakref.ref(store))
+    first, net.k = asked(net, dl, store), -2.
+    assert torch.allclose(asked(net, dl, store), -2 * first) and not store.known
+
+
+# ---- whose image it is
+
+def same_times(path): os.utime(path, (1e9, 1e9))
+
+
+def in_place(path): path.write_bytes(bytes(reversed(path.read_bytes())))
+def replaced(path):
+    (new := path.with_name("new")).write_bytes(bytes(reversed(path.read_bytes())))
+    same_times(new)
+    new.replace(path)
+def linked(path):
+    (new := path.with_name("new")).write_bytes(bytes(reversed(path.read_bytes())))
+    path.unlink()
+    path.symlink_to(new)
+
+
+@pytest.mark.parametrize("change", [in_place, replaced, linked])
+def test_another_image_of_the_same_size_and_time(tmp_path, change):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"12345")
+    same_times(path)
+    first = picture_name(path)
+    assert picture_name(path) == first
+    time.sleep(.02)  # the clock of a file system ticks every few milliseconds
+    change(path)
+    same_times(path)
+    assert picture_name(path) != first
+
+
+def test_the_same_relative_path_in_two_projects(tmp_path, monkeypatch):
+    names = []
+    for project in ("one", "two"):
+        (tmp_path / project / "set").mkdir(parents=True)
+        (tmp_path / project / "set" / "a.png").write_bytes(project.encode())
+        same_times(tmp_path / project / "set" / "a.png")
+        monkeypatch.chdir(tmp_path / project)
+        names.append(picture_name("set/a.png"))
+        assert picture_name("./set/../set/a.png") == picture_name(tmp_path / project / "set" / "a.png") == names[-1]
+    assert names[0] != names[1]
 
 
 # ---- fits

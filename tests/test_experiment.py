@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from ftlib.experiment.compare import compare
-from ftlib.experiment.paired import holm, paired
+from ftlib.experiment.paired import CompareError, holm, paired
 from ftlib.experiment.runs import Runs
 
 SCRIPT = """
@@ -124,3 +124,38 @@ def test_a_damaged_run_is_done_again(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="damaged"): assert again() == 2
     assert sorted(CALLS) == [0, 0, 1] or sorted(CALLS) == [0, 1, 1]
     assert Runs(tmp_path).get("one", 0) is not None
+
+
+RATE = 1
+
+
+def helper(): return RATE
+
+
+class Setting: rate = 1
+
+
+def reaching(seed): return helper() * Setting.rate
+
+
+@pytest.mark.parametrize("change", [lambda m: m.setitem(globals(), "RATE", 2), lambda m: m.setitem(globals(), "helper", lambda: 3), lambda m: m.setattr(Setting, "rate", 2)])
+def test_a_run_belongs_to_all_that_its_function_reaches(tmp_path, monkeypatch, change):
+    monkeypatch.setattr("ftlib.experiment.compare.do_run", made_up)
+    CALLS.clear()
+    def again(): return compare({"one": reaching}, seeds=2, folder=tmp_path, say=lambda line: None)
+    again(), again()
+    assert CALLS == [0, 1]
+    with monkeypatch.context() as m:
+        change(m)
+        with pytest.raises(CompareError, match="other helpers or globals"): again()
+    again()
+    assert CALLS == [0, 1]
+
+
+def test_a_function_that_cannot_be_told_is_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ftlib.experiment.compare.do_run", made_up)
+    CALLS.clear()
+    with open(__file__) as file:
+        def odd(seed): return file
+        for _ in range(2): compare({"one": odd}, seeds=2, folder=tmp_path, say=lambda line: None)
+    assert CALLS == [0, 1, 0, 1] and capsys.readouterr().out.count("is trained again") == 1

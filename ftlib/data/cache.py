@@ -48,8 +48,8 @@ def picture_name(
     "A name for the picture that changes when the picture does. Raises `IdentityError` where that can't be told."
     x = getattr(x, "source", x)
     if isinstance(x, (str, Path)):
-        s = os.stat(x)
-        return digest(str(x), f"{s.st_size} {s.st_mtime_ns}")
+        s = os.stat(x)  # inode and time of the last change of any kind: size and modification time can be those of another file
+        return digest(os.fsencode(os.path.abspath(x)), f"{s.st_size} {s.st_mtime_ns} {s.st_ino} {s.st_ctime_ns}")
     if isinstance(x, bytes): return digest(x)
     if isinstance(x, Ref): x = x.read()
     if torch.is_tensor(x): x = x.detach().cpu().numpy()

@@ -130,7 +130,8 @@ def compare(
             if budget is not None and time.perf_counter() - start > budget:
                 say(f'The {budget:.0f} seconds are over; {len(todo) - i} runs are left: the same call with a folder does them.')
                 break
-            run = runs.add(name, seed, ways[name], do_run(ways[name], seed, on))
+            key = runs.of(ways[name])
+            run = runs.add(name, seed, ways[name], do_run(ways[name], seed, on), key)
             right = report_of(run).table['value'].iloc[0]
             say(f'{i + 1} of {len(todo)}: {name}, seed {seed}: {right:.4f} in {run["seconds"]:.1f} s')
         done[name].append(run)

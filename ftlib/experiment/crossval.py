@@ -152,7 +152,8 @@ def cross_validate(
                 def kept(s, train=train):
                     learners.append(train(s))
                     return learners[-1]
-                run = runs.add(name, seed, train, do_run(kept if keep else train, seed + repeat * k + fold) | dict(rows=rows, fold=fold, repeat=repeat))
+                key = runs.of(train)
+                run = runs.add(name, seed, train, do_run(kept if keep else train, seed + repeat * k + fold) | dict(rows=rows, fold=fold, repeat=repeat), key)
                 say(f'{name}: {report_of(run).lines()[0]} in {run["seconds"]:.1f} s')
             done.append(run)
     if len(learners) < len(done): learners = []

@@ -100,7 +100,8 @@ def label_curve(
             train, key = partial(way, dls), f'{name}, {n} of each'
             run = runs.get(key, s, train)
             if run is None:
-                run = runs.add(key, s, train, do_run(train, s, on))
+                made_by = runs.of(train)
+                run = runs.add(key, s, train, do_run(train, s, on), made_by)
                 say(f'{i * len(ways) + j} of {len(todo) * len(ways)}: {key}, seed {s}: {right_of(run).mean():.4f} in {run["seconds"]:.1f} s')
             done.setdefault((name, n), []).append(run)
     return LabelCurve(done, confidence)

@@ -22,7 +22,7 @@ from fastai.torch_core import to_device
 from ..data.cache import IdentityError, digest
 from ..evaluate.report import Report, batches_of
 from .paired import CompareError
-from ..train.identity import described
+from ..train.identity import identity
 from ..train.metrics import lower_is_better
 from ..train.transaction import evaluating
 from ..train.packed import DamagedError, read_packed, write_packed
@@ -105,32 +105,40 @@ class Runs:
     def __init__(self,
         folder=None,  # Is made; None: they are kept in memory only
     ):
-        self.folder, self.known = None if folder is None else Path(folder), {}
+        self.folder, self.known, self._untold = None if folder is None else Path(folder), {}, set()
         if self.folder is not None: self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name, seed, way=None):
-        "A run, or None. Raises `CompareError` where another function made it."
+        "A run, or None. None too where it cannot be told whether `way` is the function that made it. Raises `CompareError` where it is another, or uses other helpers, globals or data."
         if (name, seed) not in self.known and self.folder is not None:
             for path in sorted(self.folder.glob(f'{_stem(name, seed)}-*.safetensors')):
                 try: self.known[name, seed] = read_packed(path)
                 except (DamagedError, OSError) as e: warnings.warn(f'{e} It is done again.')
         run = self.known.get((name, seed))
-        if run is not None and way is not None and run['way'] and self.of(way) and run['way'] != self.of(way):
-            raise CompareError(f'{name!r} in {self.folder or "this table"} was made by another function or of other data: take another name or folder.')
+        if run is None or way is None: return run
+        key = self.of(way)
+        if not key or not run['way']: return self._report(name, 'whether its function is the one that made the run in the folder')
+        if run['way'] != key:
+            raise CompareError(f'{name!r} in {self.folder or "this table"} was made by another function, with other helpers or globals, or of other data: take another name or folder.')
         return run
 
-    def add(self, name, seed, way, run):
-        "Keeps a run, on the disk before it is counted"
-        run = dict(run, name=name, seed=seed, way=self.of(way))
+    def _report(self, name, what):
+        if name not in self._untold: print(f'{name!r} is trained again: it cannot be told {what}.')
+        self._untold.add(name)
+
+    def add(self, name, seed, way, run, key=None):
+        "Keeps a run, on the disk before it is counted; `key` is what `of` gave before it. A function that changes what it uses has no lasting name"
+        after = self.of(way)
+        run = dict(run, name=name, seed=seed, way=after if key in (None, after) else '')
         if self.folder is not None: write_packed(self.folder, _stem(name, seed), run)
         self.known[name, seed] = run
         return run
 
-    @staticmethod
-    def of(way) -> str:
-        "A name for the code of a function and what it encloses; empty where that can not be told."
-        try: return digest(described(way))
-        except (IdentityError, ValueError, RecursionError): return ''
+    def of(self, way) -> str:
+        "A name for a function with all that it reaches; empty where that cannot be told, or no folder needs it."
+        if self.folder is None: return ''
+        try: return identity(way)
+        except IdentityError: return ''
 
 
 def _stem(name, seed): return f'{re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:60]}.{digest(name)[:6]}.{seed}'

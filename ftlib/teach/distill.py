@@ -136,7 +136,7 @@ class Distill(Callback):
 
     def _answers(self, net, dl):
         "What the teacher says of each picture, by the number of the view"
-        found = {n: outputs_of(net, dl.dl, dl.names, n, getattr(self.learn, 'precision', 'fp32'), dtype=torch.float32) for n in dl.numbers}
+        found = {n: outputs_of(net, dl.dl, dl.names, n, getattr(self.learn, 'precision', 'fp32'), dtype=torch.float32, fresh=True) for n in dl.numbers}
         return {n: (f, f.places(dl.names)) for n, f in found.items()}
 
     def after_loss(self):

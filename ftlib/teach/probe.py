@@ -46,7 +46,7 @@ def stage_features(
         dl = learn.dls.valid.new(data, shuffle=False, drop_last=False)
         names = [picture_name(o) for o in data.tls[0].items]
         with data.set_split_idx(1):
-            found = outputs_of(every, dl, names, precision=getattr(learn, 'precision', 'fp32'), dtype=torch.float32)
+            found = outputs_of(every, dl, names, precision=getattr(learn, 'precision', 'fp32'), dtype=torch.float32, fresh=True)
             parts.append(to_np(found.take(found.places(names))))
             labels.append(to_np(targets_of(dl)))
     widths = [s[0] if first else s[-1] for s, first in zip(net.body.shapes, every.first)]

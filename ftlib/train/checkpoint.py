@@ -24,7 +24,7 @@ from torch import nn
 from ..data.cache import IdentityError, digest, picture_name
 from .groups import TrainError
 from .frozen import targets_of
-from .identity import described, weights_name
+from .identity import identity
 from .metrics import checked_mode, lower_is_better
 from .packed import DamagedError, PackError, pack, read_packed, write_packed
 from .precision import Arithmetic
@@ -103,7 +103,7 @@ def _setting(cb):
     "A callback and what it was made with, as far as that is plain"
     given = {k: vars(cb)[k] for k in inspect.signature(type(cb).__init__).parameters if k in vars(cb)}
     told = {k: repr(v) for k, v in given.items() if v is None or isinstance(v, (bool, int, float, str))}
-    told |= {k: weights_name(*nets)[:8] for k, v in given.items() if (nets := _networks(v))}
+    told |= {k: _told(nets)[:8] for k, v in given.items() if (nets := _networks(v))}
     return f'{type(cb).__name__}({", ".join(f"{k}={v}" for k, v in told.items())})'
 
 
@@ -114,8 +114,8 @@ def _networks(v):
 
 
 def _told(o):
-    try: return described(o)
-    except (IdentityError, ValueError): return type(o).__name__  # too odd to compare
+    try: return identity(o, versions=False)  # a training may go on after an update
+    except IdentityError: return type(o).__name__  # too odd to compare
 
 
 def _pictures(dl):

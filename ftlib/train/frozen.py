@@ -10,6 +10,7 @@ __all__ = ['NOTHING_FROZEN', 'STORE', 'FeatureDL', 'targets_of', 'looks_at_pictu
 import copy
 import errno
 import random
+import secrets
 import time
 from contextlib import contextmanager
 
@@ -30,7 +31,7 @@ from ..data.interrupt import check_stop
 from ..data.loader import LabelOf, PictureDL, seeded
 from ..models.folded import folded
 from ..models.network import Network
-from .identity import described, weights_name
+from .identity import identity, is_library
 from .precision import placed
 from .progress import shows_bars
 from .store import Features, FeatureStore
@@ -161,8 +162,21 @@ def _chain(dl):
 def is_random(
     dl,  # A loader
 ) -> bool:
-    "Does the loader show a picture in another way each time?"
-    return any(isinstance(f, RandTransform) or not type(f).__module__.startswith(('fastai.', 'fasttransform', 'ftlib.')) for f in _chain(dl))
+    "May the loader show a picture in another way each time? Code that is not fastai's or ftlib's may"
+    return any(isinstance(f, RandTransform) or not is_library(f) for f in _chain(dl))
+
+
+def _cache_key(net, dl, view, precision, dtype):
+    "A name for what `net` makes of the pictures in `dl`. Raises `IdentityError` where that cannot be told"
+    opened = [f for f in dl.dataset.tls[0].tfms.fs if not is_library(f)]
+    if opened: raise IdentityError(f'{opened[0]} is code of your own that opens images, and may read other files than those that are listed')
+    # A loader's class, its data set's, and functions given to it may do more than its transforms
+    around = [type(dl), type(dl.dataset), type(dl.dataset.tls[0]), {k: v for k, v in vars(dl).items() if k in _DOES}]
+    seed = (getattr(dl, 'seed', 0), view) if is_random(dl) else ''
+    return digest(identity([net, _chain(dl), around]), f'{seed} {precision} {dtype}')
+
+
+_DOES = {'create_item', 'create_batch', 'create_batches', 'do_item', 'do_batch', 'before_iter', 'retain', 'wif'}
 
 
 def features_of(
@@ -184,10 +198,15 @@ def outputs_of(
     names,           # Of its pictures, by `picture_name`
     view:int=0, precision='fp32', store=STORE, bar:bool=False,  # As for `features_of`
     dtype=torch.bfloat16,  # In which they are kept
+    fresh:bool=False,      # Compute it anew where it cannot be told whether something changed
 ) -> Features:       # With a row for each picture
-    "What `net`, as it is now, makes of the pictures in `dl`: of the same `view` the same pictures, whatever the network."
+    "What `net`, as it is now, makes of the pictures in `dl`: of the same `view` the same pictures, whatever the network. Raises `IdentityError` where it cannot be told whether what is kept still holds, unless `fresh`."
     seed = getattr(dl, 'seed', 0), view
-    found = store.features(digest(weights_name(net), described(_chain(dl)), f'{seed if is_random(dl) else ""} {precision} {dtype}'))
+    try: key = _cache_key(net, dl, view, precision, dtype)
+    except IdentityError:
+        if not fresh: raise
+        key, store = secrets.token_hex(16), FeatureStore(store.memory, store._folder, store.disk)  # asked anew, and known to nobody else
+    found = store.features(key)
     lacking = found.missing(names)
     if lacking:
         todo = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: lacking, n=len(lacking), bs=min(dl.bs, len(lacking)))
