@@ -17,12 +17,14 @@ from fastai.torch_core import to_np
 from fastcore.basics import patch
 
 from ..data.images import ImageData
+from ..data.loader import PictureDL
 from ..data.pictures import open_picture
 from .intervals import EvaluateError
 from .multilabel import MultiLabel
 from .page import page
 from .plots import plot_calibration, plot_confusion, plot_coverage, plot_per_class, plot_pictures
 from .scores import SingleLabel, coverage
+from ..train.activation import check_probabilities
 from ..train.learner import Learner
 
 # %% ../../nbs/55_evaluate.report.ipynb #350c7834
@@ -181,6 +183,7 @@ def evaluate(self:Learner,
         items = getattr((self.dls.valid if dl is None else dl).dataset, 'items', None)
         if tta: probs = _augmented(self, dl, probs, tta)
     vocab = getattr(self.dls, 'vocab', None)
+    check_probabilities(self.loss_func, probs)
     return Report(to_np(probs), to_np(targets), range(probs.shape[-1]) if vocab is None else vocab, items, None, confidence, threshold, title)
 
 
@@ -205,7 +208,32 @@ def batches_of(
 def _augmented(learn, dl, plain, n):
     "The mean of the plain probabilities and those of `n` augmented views"
     dl, train = learn.dls.valid if dl is None else dl, learn.dls.train
-    total, views = plain, train.new(dl.dataset, shuffle=False, drop_last=False, get_idxs=lambda: list(range(len(dl.dataset))))
+    views = train.new(dl.dataset, shuffle=False, drop_last=False, get_idxs=lambda: list(range(len(dl.dataset))))
+    return (plain + sum(_views(learn, views, n))) / (n + 1)
+
+
+def _views(learn, dl, n):
+    "Probabilities of `n` augmented views of the images of a loader, each drawn anew"
     with dl.dataset.set_split_idx(0):
-        for _ in range(n): total = total + learn.get_preds(dl=views)[0]
-    return total / (n + 1)
+        for i in range(n): yield learn.get_preds(dl=dl.new(seed=dl.seed + i + 1) if isinstance(dl, PictureDL) else dl)[0]
+
+
+@patch
+def tta(self:Learner,
+    ds_idx:int=1,       # 0: training set, 1: validation set
+    dl=None,            # A loader instead
+    n:int=4,            # Augmented views of each image
+    item_tfms=None, batch_tfms=None,  # Transforms of the views, by default those of training
+    beta:float=.25,     # Weight of the plain images; None: both predictions, those of the views first
+    use_max:bool=False, # The highest of the predictions in place of their mean
+):                      # Probabilities and targets
+    "Test-time augmentation: predictions on `n` different views and on the plain images, as fastai's `tta` puts them together. Raises `EvaluateError`."
+    if n < 1: raise EvaluateError(f'tta(n={n!r}): 1 view or more.')
+    if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
+    if item_tfms is not None or batch_tfms is not None: dl = dl.new(after_item=item_tfms, after_batch=batch_tfms)
+    with self.no_bar(), self.no_logging():
+        views = torch.stack([*_views(self, dl, n)])
+        with dl.dataset.set_split_idx(1): plain, targets = self.get_preds(dl=dl)
+    views = views.max(0)[0] if use_max else views.mean(0)
+    if use_max: return torch.maximum(plain, views), targets
+    return ((views, plain) if beta is None else torch.lerp(views, plain, beta)), targets

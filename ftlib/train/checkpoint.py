@@ -19,6 +19,8 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Metric
+from fastai.losses import BaseLoss
+from fastcore.foundation import L
 from torch import nn
 
 from ..data.cache import IdentityError, digest, picture_name
@@ -34,15 +36,32 @@ from .transaction import put_random, put_trained, random_states, trained_state
 def remembered(
     o,       # A callback, or a metric
 ) -> dict:
-    "What `o` will need to go on, as plain values"
+    "What `o` will need to go on, as plain values: not what it was made with, and no text or paths, which the program sets and a file must not"
     if isinstance(o, ProgressCallback): return {}
     if hasattr(type(o), 'state_dict'): return dict(own=o.state_dict())
     values, parts = {}, {}
-    for k, v in vars(o).items():
+    for k, v in _state_of(o).items():
         if isinstance(v, Metric): parts[k] = remembered(v)
-        elif hasattr(v, 'load_state_dict') and not isinstance(v, nn.Module) and k != 'learn': parts[k] = dict(own=v.state_dict())
-        elif _is_plain(v): values[k] = v
+        elif hasattr(v, 'load_state_dict') and not isinstance(v, nn.Module): parts[k] = dict(own=v.state_dict())
+        elif _is_plain(v) and not _has_text(v): values[k] = v
     return dict(values=values, parts=parts)
+
+
+def _made_with(o):
+    "Names of the arguments of an object's class and of the classes that it inherits from"
+    return {n for c in type(o).__mro__ if '__init__' in vars(c) and c is not object for n in inspect.signature(c.__init__).parameters}
+
+
+def _state_of(o):
+    "The attributes that may change as it runs"
+    return {k: v for k, v in vars(o).items() if k != 'learn' and k not in _made_with(o)}
+
+
+def _has_text(v):
+    "Is there text or a path in it, other than keys of dictionaries?"
+    if isinstance(v, dict): return any(map(_has_text, v.values()))
+    if isinstance(v, (list, tuple, L)): return any(map(_has_text, v))
+    return isinstance(v, (str, Path))
 
 
 def _is_plain(v):
@@ -55,11 +74,12 @@ def remember(
     o,           # A callback, or a metric
     state:dict,  # What `remembered` gave
 ):
-    "Puts it back"
-    if 'own' in state: o.load_state_dict(state['own'])
-    vars(o).update(state.get('values', {}))
+    "Puts it back, by the same rule: what it was made with, text and paths stay as they are, whatever the state says"
+    if 'own' in state and hasattr(type(o), 'load_state_dict'): o.load_state_dict(state['own'])
+    fixed = _made_with(o) | {'learn'}
+    vars(o).update({k: v for k, v in state.get('values', {}).items() if k not in fixed and not _has_text(v)})
     for k, part in state.get('parts', {}).items():
-        if k in vars(o): remember(vars(o)[k], part)
+        if k in _state_of(o): remember(vars(o)[k], part)
 
 
 def remember_all(
@@ -92,6 +112,9 @@ def course(
     about = dict(epochs=n_epoch, rates=[float(lr) for lr in lrs], schedule=_told(schedules), callbacks=[_setting(cb) for cb in [*learn.cbs, *cbs]])
     about['weight decay'] = None if wd is None else float(wd)
     about['optimizer'] = _told(learn.opt_func)
+    about['loss'], about['seed'], about['batch norm'] = _loss(learn.loss_func), getattr(learn, 'seed', None), [getattr(learn.model, 'bn', None), learn.train_bn]
+    about['decay of norms and biases'] = learn.wd_bn_bias
+    about['layers'] = _layers(learn.model)
     about['network'] = digest(*(f'{k} {tuple(v.shape)} {v.dtype}' for k, v in learn.model.state_dict().items()))
     about['frozen groups'] = getattr(learn.opt, 'frozen_idx', 0)
     about['batch size'], about['training pictures'] = getattr(train, 'bs', None), len(train.dataset)
@@ -111,6 +134,24 @@ def _networks(v):
     "The networks that are in an argument: modules, learners, or lists of them"
     found = [getattr(o, 'model', o) for o in (v if isinstance(v, (list, tuple)) else [v])]
     return found if all(isinstance(o, nn.Module) for o in found) else []
+
+
+def _loss(loss):
+    "A loss with its settings, and the code of one's own"
+    if isinstance(loss, BaseLoss): return f'{type(loss).__name__}({_plain_settings(loss)}, {_loss(loss.func)})'
+    if isinstance(loss, nn.Module): return f'{_told(type(loss))}({_plain_settings(loss)}, {weights_name(loss)[:8]})'
+    return _told(loss)
+
+
+def _plain_settings(o):
+    return ', '.join(f'{k}={v!r}' for k, v in sorted(vars(o).items()) if not k.startswith('_') and k != 'training' and (v is None or isinstance(v, (bool, int, float, str))))
+
+
+def _layers(net):
+    "A line for each layer, as it is printed, and rates that printing leaves out"
+    said = re.sub(r' at 0x[0-9a-f]+', '', str(net)).splitlines()
+    rates = [f'{name}: {type(m).__name__}({k}={v!r})' for name, m in net.named_modules() for k, v in sorted(vars(m).items()) if isinstance(v, float) and k not in getattr(m, '__constants__', ())]
+    return [line.strip() for line in said] + rates
 
 
 def _told(o):
@@ -143,6 +184,7 @@ def difference(
     for k in now:
         if then.get(k) == now[k]: continue
         old, new = then.get(k), now[k]
+        if k == 'layers' and old is not None: old, new = next(((a, b) for a, b in zip(old, new) if a != b), (f'{len(old)} lines', f'{len(new)} lines'))
         if k == 'callbacks': old, new = ([o for o in a if o not in b] for a, b in ((old, new), (new, old)))
         short = all(len(str(o)) < 100 for o in (old, new)) and not k.startswith(('network', 'pictures'))
         said.append(f'{k} {old}, now {new}' if short else f'{"another" if k == "network" else "other"} {k}')
@@ -163,7 +205,8 @@ def _files(folder):
     return sorted((p for p in Path(folder).glob('*.safetensors') if _NAME.fullmatch(p.name)), key=_place, reverse=True)
 
 
-_VERSION = 1  # another number when a state of before could not be put back
+_OF_LEARNER = 'epoch', 'train_iter', 'pct_train'  # attributes that a checkpoint keeps
+_VERSION = 2  # another number when a state of before could not be put back
 
 
 def _read(path):
@@ -234,7 +277,7 @@ class Checkpoint:
         way = learn.arithmetic
         state = dict(version=_VERSION, about=self.about, epoch=epoch, step=step, end=end, before=self.before, best=self.best, start=start,
                      arithmetic=None if way is None else [way.dtype, way.channels_last], most=learn.most, frozen_to=getattr(learn.opt, 'frozen_idx', 0),
-                     learner={k: vars(learn)[k] for k in ('epoch', 'train_iter', 'pct_train') if k in vars(learn)},
+                     learner={k: vars(learn)[k] for k in _OF_LEARNER if k in vars(learn)},
                      trained=trained_state(learn), gradients=_gradients(learn.model), random=random_states(*learn.dls.loaders),
                      callbacks=[[type(cb).__name__, remembered(cb)] for cb in learn.cbs])
         try: path = write_packed(self.folder, stem, state)
@@ -277,7 +320,7 @@ def put_moment(learn, state):
     "All of it, within the fit that goes on"
     put_training(learn, state)
     for k, p in learn.model.named_parameters(): p.grad = state['gradients'][k].to(p.device) if k in state['gradients'] else None
-    vars(learn).update(state['learner'])
+    vars(learn).update({k: state['learner'][k] for k in _OF_LEARNER if k in state['learner']})
     remember_all(learn.cbs, state['callbacks'])
     put_random(state['random'], *learn.dls.loaders)
 

@@ -6,6 +6,7 @@
 __all__ = ['TrainError', 'FrozenParts', 'stages', 'Grouped']
 
 # %% ../../nbs/32_train.groups.ipynb #03f2f18b
+import numpy as np
 import pandas as pd
 from fastai.callback.core import Callback
 from fastai.learner import Learner as FastaiLearner
@@ -27,7 +28,7 @@ class FrozenParts(Callback):
     order, run_valid = -9, False  # right after the model has been set to training
 
     def before_train(self):
-        if isinstance(self.learn.model, Network) or self.learn.train_bn: return
+        if self.learn.train_bn or isinstance(self.learn.model, Network) and self.learn.grouped_by_stage(): return
         for m in self.learn.model.modules():
             ps = list(m.parameters())
             if ps and not any(p.requires_grad for p in ps): m.eval()
@@ -67,22 +68,53 @@ class Grouped(FastaiLearner):
         self.opt.set_hyper('lr', list(lrs))
         if self.train_bn:
             for p in norm_bias_params(self.model, False): self.opt.state[p]['force_train'] = True
-        self.opt.frozen_idx = getattr(self.model, 'frozen_to', 0)
+        self.opt.frozen_idx = self._frozen_groups()
 
-    def freeze_to(self, n:int):  # Groups before `n` are frozen; negative counts from the head
-        "Freeze the groups before `n`, weights and statistics (statistics learn on with `train_bn=True`)."
-        if self.opt is None: self.create_opt()
+    def _frozen_groups(self):
+        "Number of leading groups that the network holds frozen"
+        if not isinstance(self.model, Network): return 0
+        held = {id(p) for g in self.model.groups()[:self.model.frozen_to] for p in g}
+        return next((i for i, g in enumerate(self.opt.param_lists) if not all(id(p) in held for p in g)), len(self.opt.param_lists))
+
+    def grouped_by_stage(self) -> bool:
+        "Are the parameter groups the stages of a `Network`, rather than those of a splitter of the user's own?"
+        if not isinstance(self.model, Network): return False
+        of_opt, of_net = ([{id(p) for p in g} for g in groups] for groups in (self.opt.param_lists, self.model.groups()))
+        return of_opt == of_net
+
+    def _group_index(self, n):
+        "The number of a group that is meant by a number or by a name"
         k = len(self.opt.param_lists)
+        if isinstance(n, str):
+            names = list(self.groups_table().index)
+            if n in names: return names.index(n)
+            raise TrainError(f'freeze_to({n!r}): there is no such parameter group; there are {", ".join(names)}.')
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)): raise TrainError(f'freeze_to({n!r}): give the number or the name of the first group that is to train.')
         if not -k <= n <= k: raise TrainError(f'freeze_to({n}): there are {k} parameter groups; `learn.groups_table()` lists them.')
-        if n and k == 1:
+        return int(n) + k if n < 0 else int(n)
+
+    def freeze_to(self, n:int|str):  # Groups before `n` are frozen: a number, negative counts from the head, or a name in `groups_table`
+        "Freeze the groups before `n`, weights and statistics (statistics learn on with `train_bn=True`). Raises `TrainError`."
+        if self.opt is None: self.create_opt()
+        if n and len(self.opt.param_lists) == 1:
             raise TrainError(f'freeze_to({n}): the model has one parameter group, so there is nothing to freeze before the '
                              'head. Build it with `vision_learner`, or pass `splitter=` that gives a list of groups.')
-        if isinstance(self.model, Network): self.model.freeze_to(n, train_bn=self.train_bn)
-        else: self.opt.freeze_to(n)
-        self.opt.frozen_idx = n if n >= 0 else k + n
+        n = self._group_index(n)
+        if not isinstance(self.model, Network): self.opt.freeze_to(n)
+        elif self.grouped_by_stage(): self.model.freeze_to(n, train_bn=self.train_bn)
+        else: self._freeze_own_groups(n)
+        self.opt.frozen_idx = n
         # an optimizer steps whatever has a gradient, even one of zeros: momentum would go on moving frozen weights
         for p in self.model.parameters():
             if not p.requires_grad: p.grad = None
+
+    def _freeze_own_groups(self, n):
+        "Of a `Network`: the stages that lie in the groups before `n` as a whole are frozen as stages, other parameters one by one"
+        net, held = self.model, {id(p) for g in self.opt.param_lists[:n] for p in g}
+        whole = next((i for i, g in enumerate(net.groups()) if not all(id(p) in held for p in g)), len(net.groups()))
+        net.freeze_to(whole, train_bn=self.train_bn)
+        learning = {id(p) for p in norm_bias_params(net, False)} if self.train_bn else set()
+        for p in net.parameters(): p.requires_grad_(id(p) not in held or id(p) in learning)
 
     def freeze(self):
         "Freeze everything before the head."
@@ -101,7 +133,7 @@ class Grouped(FastaiLearner):
     def groups_table(self) -> pd.DataFrame:
         "One row per parameter group: parameters, how many train, the rate it has now."
         if self.opt is None: self.create_opt()
-        groups, names = self.opt.param_lists, self.model.group_names() if isinstance(self.model, Network) else None
+        groups, names = self.opt.param_lists, self.model.group_names() if self.grouped_by_stage() else None
         rows = [dict(parameters=sum(p.numel() for p in g), trainable=sum(p.numel() for p in g if p.requires_grad), lr=h['lr'])
                 for g, h in zip(groups, self.opt.hypers)]
         return pd.DataFrame(rows, index=names or [f'group {i}' for i in range(len(rows))])

@@ -23,12 +23,13 @@ from fastai.learner import join_path_file, save_model
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device, to_cpu, to_device, to_float
-from fastcore.basics import detuplify, getcallable
+from fastcore.basics import detuplify
 from fastcore.foundation import L
 from torch import nn
 
 from ..data.cache import written
 from ..data.interrupt import stop_between_batches
+from .activation import LossOfEach, check_mixing, classes_of, probabilities, reduces
 from .best import BestWeights
 from .fits import FiniteLoss, Fits
 from .groups import FrozenParts, TrainError
@@ -65,6 +66,7 @@ def _hypers(state):
 
 class Learner(Fits):
     "fastai's `Learner`; what it takes, this takes."
+    rescale = None  # by `calibrate`: scores → scores that probabilities are made of
     def __init__(self, dls, model,
         loss_func=None,         # By default the data's
         opt_func=Adam,          # fastai's optimizer function, any torch optimizer class, or a partial of one
@@ -85,7 +87,7 @@ class Learner(Fits):
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
                          path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms,
                          default_cbs=default_cbs)
-        self.loss_func, self.lock = _cross_entropy(self.loss_func), threading.RLock()
+        self.lock = threading.RLock()
         if default_cbs:
             self.remove_cbs([ProgressCallback, fastai.learner.Recorder])
             self.add_cbs([Recorder, Progress, EpochLog, BestWeights, FiniteLoss])
@@ -101,18 +103,42 @@ class Learner(Fits):
     @property
     def metrics(self): return self._metrics
     @metrics.setter
-    def metrics(self, v): self._metrics = L(v).map(as_metric)
+    def metrics(self, v): self._metrics = L([v] if hasattr(v, 'compute') else v).map(as_metric)
+
+    @property
+    def loss_func(self): return self._loss_func
+    @loss_func.setter
+    def loss_func(self, v): self._loss_func = _cross_entropy(v)
+
+    @contextmanager
+    def loss_not_reduced(self):
+        "As fastai's; a loss without `reduction` is asked for one image after another."
+        loss = self.loss_func
+        if not reduces(loss): self.loss_func = LossOfEach(loss)
+        try:
+            with super().loss_not_reduced() if reduces(loss) else nullcontext(): yield
+        finally: self.loss_func = loss
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         "Loss and metrics on the validation set or on `dl`; history and recorder stay as they are."
         with self._looking(ds_idx, dl, cbs): return super().validate(ds_idx, dl, cbs)
 
-    def get_preds(self, ds_idx=1, dl=None, with_input=False, *args, **kwargs):
-        "fastai's `get_preds`; history and recorder stay as they are."
+    def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, *args, **kwargs):
+        "fastai's `get_preds`; probabilities of any loss by `ftlib.train.activation`. History and recorder stay as they are."
         pictures = () if with_input else dl  # where inputs are wanted they are to be pictures
         with self._looking(ds_idx, pictures, kwargs.get('cbs')):
             self.folds = self.model._compiled_call_impl is None
-            return super().get_preds(ds_idx, dl, with_input, *args, **kwargs)
+            found = super().get_preds(ds_idx, dl, with_input, False, with_loss, self._probabilities if act is None else act, *args, **kwargs)
+            preds = found[with_input]
+            if not with_decoded or preds is None: return found
+            return (*found[:with_input + 2], self._classes(preds), *found[with_input + 2:])
+
+    def _probabilities(self, out):
+        "Of the network's outputs, by the loss"
+        return probabilities(self.loss_func, out if self.rescale is None else self.rescale(out), self._loss_device())
+
+    def _classes(self, p): return classes_of(self.loss_func, p, self._loss_device(), getattr(self.dls, 'vocab', None))
+    def _loss_device(self): return next((p.device for p in self.model.parameters()), None)
 
     @torch.no_grad()
     def predict(self, item, rm_type_tfms=None, with_input=False):
@@ -126,10 +152,10 @@ class Learner(Fits):
         with kept_modes(self.model), way.autocast(device):
             self.model.eval()
             out = self.model(*(way.laid_out(o.as_subclass(torch.Tensor)) for o in inputs))
-        probabilities = getcallable(self.loss_func, 'activation')(to_float(out)).cpu()
-        number = getcallable(self.loss_func, 'decodes')(probabilities)
+        probs = self._probabilities(to_float(out)).cpu()
+        number = self._classes(probs)
         decoded = self.dls.decode_batch((*to_cpu(inputs), number))[0]
-        found = detuplify(decoded[len(inputs):]), number[0], probabilities[0]
+        found = detuplify(decoded[len(inputs):]), number[0], probs[0]
         return (detuplify(decoded[:len(inputs)]), *found) if with_input else found
 
     def save(self, file, **kwargs):
@@ -161,6 +187,10 @@ class Learner(Fits):
     def export(self, fname='export.pkl', **kwargs):
         "fastai's `export`, whole or not at all; the learner stays as it is."
         with kept_attributes(self), written(self.path.absolute()/fname) as f: super().export(f.name, **kwargs)
+
+    def _fit(self, n_epoch, lr, scheds, wd, cbs, *args, **kwargs):
+        check_mixing(self, [*self.cbs, *L(cbs)])
+        super()._fit(n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
 
     def summary(self):
         "fastai's table of layers; history, recorder and the order of the batches stay as they are."

@@ -129,11 +129,11 @@ class SaveModelCallback(Follower):
         super().__init__(monitor, min_delta, mode or _COMP.get(comp, comp))
         if every_epoch and at_end: raise TrainError('every_epoch and at_end: give one of them.')
         self.fname, self.every_epoch, self.at_end, self.with_opt, self.reset_on_fit = fname, every_epoch, at_end, with_opt, reset_on_fit
-        self.last_saved_path, self.restores_best = None, not (every_epoch or at_end)
+        self.last_saved_path, self.saved_at, self.restores_best = None, None, not (every_epoch or at_end)
 
     def before_fit(self):
         super().before_fit()
-        if self.run and (self.reset_on_fit or self.best is None): self.best = self.last_saved_path = None
+        if self.run and (self.reset_on_fit or self.best is None): self.best = self.last_saved_path = self.saved_at = None
         self.ended_at = None  # no epoch of this fit has ended
 
     def _take_over(self, earlier):
@@ -162,7 +162,7 @@ class SaveModelCallback(Follower):
     def after_fit(self):
         if not self.run or self.ended_at is None: return
         if self.at_end: self._save(self.fname)
-        elif not self.every_epoch and self.last_saved_path is not None and self.saved_at != self.ended_at:
+        elif not self.every_epoch and self.saved_at not in (None, self.ended_at):
             self.learn.load_weights(self.fname, with_opt=self.with_opt)
             say(self.learn, f'The weights of epoch {self.saved_at[1]} are back, phase {self.saved_at[0]}.')
 
