@@ -23,7 +23,8 @@ import ftlib.evaluate.calibrate  # noqa: F401  gives a learner `calibrate`, `cla
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
 from ftlib.models.network import Body, Network
-from ftlib.train.checkpoint import CheckpointError, remember, remembered
+from ftlib.train.callback_state import remember, remembered
+from ftlib.train.checkpoint import CheckpointError
 from ftlib.train.frozen import MixFeatures
 from ftlib.train.groups import TrainError
 from ftlib.train.learner import Learner

@@ -22,7 +22,7 @@ from ftlib.models.network import Body, Network, Normalize
 from ftlib.teach.distill import Distill
 from ftlib.teach.hints import Hints
 from ftlib.train.best import BestWeights
-from ftlib.train.checkpoint import remembered
+from ftlib.train.callback_state import remembered
 from ftlib.train.fits import FiniteLoss
 from ftlib.train.groups import FrozenParts
 from ftlib.train.history import EpochLog, Recorder
