@@ -896,8 +896,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ftlib.train.checkpoint._pictures': ( 'train.checkpoint.html#_pictures',
                                                                               'ftlib/train/checkpoint.py'),
                                         'ftlib.train.checkpoint._place': ('train.checkpoint.html#_place', 'ftlib/train/checkpoint.py'),
-                                        'ftlib.train.checkpoint._plain_settings': ( 'train.checkpoint.html#_plain_settings',
-                                                                                    'ftlib/train/checkpoint.py'),
                                         'ftlib.train.checkpoint._read': ('train.checkpoint.html#_read', 'ftlib/train/checkpoint.py'),
                                         'ftlib.train.checkpoint._setting': ('train.checkpoint.html#_setting', 'ftlib/train/checkpoint.py'),
                                         'ftlib.train.checkpoint._told': ('train.checkpoint.html#_told', 'ftlib/train/checkpoint.py'),

@@ -73,14 +73,8 @@ def _networks(v):
 
 
 def _loss(loss):
-    "A loss with its settings, and the code of one's own"
-    if isinstance(loss, BaseLoss): return f'{type(loss).__name__}({_plain_settings(loss)}, {_loss(loss.func)})'
-    if isinstance(loss, nn.Module): return f'{_told(type(loss))}({_plain_settings(loss)}, {weights_name(loss)[:8]})'
-    return _told(loss)
-
-
-def _plain_settings(o):
-    return ', '.join(f'{k}={v!r}' for k, v in sorted(vars(o).items()) if not k.startswith('_') and k != 'training' and (v is None or isinstance(v, (bool, int, float, str))))
+    "A name for a loss; one of fastai's by the loss of torch's within"
+    return f'{type(loss).__name__} {_loss(loss.func)}' if isinstance(loss, BaseLoss) else _told(loss)
 
 
 def _layers(net):
