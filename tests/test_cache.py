@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.metrics import accuracy
 from fastai.vision.core import PILImage, TensorImage
@@ -24,6 +25,7 @@ from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
 from ftlib.train.frozen import MixFeatures, features_of, is_random, on_features, outputs_of
 from ftlib.train.store import FeatureStore
+from ftlib.train.uses_images import uses_images
 from ftlib.train.vision import vision_learner
 
 N = 24
@@ -280,6 +282,32 @@ def test_pictures_where_a_callback_wants_them(folder, capsys):
     assert learn.history.cached.iloc[-1] and learn.loss_func is loss and not capsys.readouterr().out
 
 
+class Looks(Callback):
+    def before_batch(self): self.shape = self.x.shape
+class Counts(Looks):
+    uses_images = False
+class LooksAgain(Counts):
+    def after_batch(self): self.last = self.xb
+class Renamed(Counts): order = 7
+
+
+@pytest.mark.parametrize("cls, cached, said", [(Looks, 0, 1), (Counts, 2, 0), (LooksAgain, 0, 1), (Renamed, 2, 0)])
+def test_a_callback_declares_whether_it_uses_images(folder, capsys, cls, cached, said):
+    learn = vision_learner(data(folder), network(), metrics=accuracy, precision="fp32")
+    learn.freeze_to(-2)
+    for _ in range(2):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cls())
+    assert list(learn.history.cached) == [cached] * 2 and capsys.readouterr().out.count("declare `uses_images = False`") == said
+
+
+def test_every_callback_of_ftlib_declares_it():
+    import ftlib.recipe, ftlib.teach.hints, ftlib.teach.rotation  # noqa: F401, E401
+    found, todo = set(), [Callback]
+    while todo: found |= set(todo := [c for parent in todo for c in parent.__subclasses__()])
+    ours = [c for c in found if c.__module__.startswith("ftlib.")]
+    assert len(ours) > 15 and not [c for c in ours if uses_images(c.__new__(c)) is None]
+
+
 def test_fastais_way_has_no_features(folder, capsys):
     learn = vision_learner(data(folder), network(), metrics=accuracy, train_bn=True)
     learn.freeze()
@@ -317,6 +345,7 @@ def test_a_full_disk_costs_time_only(folder, tmp_path, capsys):
 WRITER = """
     import sys, time, torch
     from ftlib.train.store import FeatureStore
+from ftlib.train.uses_images import uses_images
     store, names = FeatureStore(memory=0, folder=sys.argv[1]), [f"p{i}" for i in range(200)]
     with store.block(store.features("recipe"), names, (1000,), torch.float32) as block:
         for i in range(200):

@@ -18,7 +18,8 @@ from torch import nn
 
 from ftlib.data.cache import IdentityError
 from ftlib.data.images import image_data
-from ftlib.train.identity import identity, is_library
+from ftlib.train.identity import identity
+from ftlib.train.libraries import is_fastai_transform
 
 # Each edit changes what `f` computes, without a change in the text of `f` itself
 EDITS = [
@@ -178,7 +179,7 @@ def test_whose_code_a_transform_is():
     class Mine(Transform):
         def encodes(self, x): return x
     class Subclass(Resize): pass
-    assert [is_library(o) for o in (Resize(8), *aug_transforms(), Mine(), Transform(mine), Transform(mine, split_idx=0), Subclass(8), mine, Transform(lambda x: x))] == \
+    assert [is_fastai_transform(o) for o in (Resize(8), *aug_transforms(), Mine(), Transform(mine), Transform(mine, split_idx=0), Subclass(8), mine, Transform(lambda x: x))] == \
         [True] * (1 + len(aug_transforms())) + [False] * 6
 
 

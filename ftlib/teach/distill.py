@@ -108,7 +108,7 @@ def as_teacher(
 # %% ../../nbs/43_teach.distill.ipynb #e357b2d6
 class Distill(Callback):
     "Learn from a teacher's answers as well as from labels (Hinton et al. 2015)."
-    order, run_valid, pictures = -5, False, False  # before whoever looks at the loss
+    order, run_valid, uses_images = -5, False, False  # before whoever looks at the loss
 
     def __init__(self,
         teacher,           # A learner or a module, or a list of them: then the mean of their logits

@@ -44,7 +44,7 @@ def _as_large(x, *both):
 # %% ../../nbs/44_teach.hints.ipynb #a43b0d8b
 class Hints(Callback):
     "Come near a teacher's maps at the borders of stages."
-    order, run_valid, pictures = -4, False, True
+    order, run_valid, uses_images = -4, False, True
 
     def __init__(self,
         teacher,               # A learner or a `Network`

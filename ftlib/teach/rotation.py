@@ -38,7 +38,7 @@ def four_turns(
 
 class FourTurns(Callback):
     "Each batch becomes its pictures in four turns, and the turns its labels; what the pictures' labels are is not looked at. Predictions are of the pictures as they are."
-    order, pictures = -10, True  # before pictures are mixed
+    order, uses_images = -10, True  # before pictures are mixed
 
     def before_batch(self):
         x = self.learn.xb[0].as_subclass(torch.Tensor)

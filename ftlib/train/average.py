@@ -25,7 +25,7 @@ def _put(model, weights):
 
 class EMA(Callback):
     "An exponential moving average of the weights, in their place whenever a pass of training is over."
-    order, run_valid, pictures = 62, False, False  # before whoever keeps what is best
+    order, run_valid, uses_images = 62, False, False  # before whoever keeps what is best
 
     def __init__(self,
         decay:float=.999,  # Share of the mean that stays at each step; less at first: (1 + n) / (10 + n) after n steps

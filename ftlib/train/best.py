@@ -20,7 +20,7 @@ def _state_of(model):
 
 class BestWeights(Callback):
     "Keeps the weights of the best epoch over all fits of a network, by validation loss and by each metric that declares its direction."
-    order = 60  # after the history, whose rows it reads
+    order, uses_images = 60, False  # after the history, whose rows it reads
     _stateattrs = 'best', 'states', 'judged'  # an exported learner does without them
     best, states, judged, stepped = {}, {}, None, False
 

@@ -100,7 +100,7 @@ _NOT_FINITE = 'no epoch ended on a finite validation loss. Look for NaN in the i
 
 class Compared(Callback):
     "Marks a fit whose caller compares it with earlier ones and restores the best weights"
-    restores_best = True
+    restores_best, uses_images = True, False
 
 
 def _copy_of(model): return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}

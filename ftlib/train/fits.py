@@ -35,7 +35,7 @@ from .transaction import hooks_snapshot, kept_random, put_random, random_states,
 # %% ../../nbs/37_train.fits.ipynb #c3ae4e3c
 class FiniteLoss(Callback):
     "Refuses to step when the very first loss is not a finite number; warns when an epoch ends on one."
-    order, run_valid = 40, False
+    order, run_valid, uses_images = 40, False, False
 
     def after_loss(self):
         if self.learn.train_iter == 0 and not hasattr(self.learn, 'lr_finder') and not torch.isfinite(self.learn.loss).all():

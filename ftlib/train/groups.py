@@ -25,7 +25,7 @@ class TrainError(ValueError):
 
 class FrozenParts(Callback):
     "Keeps frozen parts in evaluation mode (statistics, dropout) in networks that don't do it themselves."
-    order, run_valid = -9, False  # right after the model has been set to training
+    order, run_valid, uses_images = -9, False, False  # right after the model has been set to training
 
     def before_train(self):
         if self.learn.train_bn or isinstance(self.learn.model, Network) and self.learn.grouped_by_stage(): return

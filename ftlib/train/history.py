@@ -64,7 +64,7 @@ class Recorder(fastai.learner.Recorder):
 # %% ../../nbs/23_train.history.ipynb #9838fc93
 class EpochLog(Callback):
     "Keeps one row an epoch and one entry a step over all fits. `table()` and `steps()` give them as DataFrames."
-    order = 55  # after the recorder, whose figures it keeps
+    order, uses_images = 55, False  # after the recorder, whose figures it keeps
 
     def __init__(self): self.rows, self.step_rows, self.phase = [], [], 0
 

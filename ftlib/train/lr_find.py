@@ -111,7 +111,7 @@ def usual_lr(
 # %% ../../nbs/26_train.lr_find.ipynb #56a1bd1b
 class LRSweep(Callback):
     "Grows the rate from step to step and records the loss, beside the loss of the starting weights on the same batch."
-    order, run_valid, pictures = 200, False, False
+    order, run_valid, uses_images = 200, False, False
     name = 'lr_finder'  # the name by which fastai's callbacks know that this is no real training
 
     def __init__(self,

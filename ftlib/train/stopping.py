@@ -96,7 +96,7 @@ class EarlyStopping(Follower):
 # %% ../../nbs/40_train.stopping.ipynb #cb0b5e80
 class StopOnNaN(Callback):
     "When the loss is no finite number, goes back to the last good weights and on at a lower rate; gives up after `times`."
-    order, run_valid = 64, False  # after the schedule
+    order, run_valid, uses_images = 64, False, False  # after the schedule
     _stateattrs, good = ('good',), None
 
     def __init__(self,

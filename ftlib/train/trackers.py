@@ -27,7 +27,7 @@ import pandas as pd
 class Follower(Callback):
     "Base class of callbacks that follow `monitor`: after each epoch, `followed(better)` is told whether it is better than in all fits so far."
     restores_best = False  # does it leave the best weights at the end of a fit?
-    order = 63  # after the history, whose rows it reads, and after the schedule
+    order, uses_images = 63, False  # after the history, whose rows it reads, and after the schedule
 
     def __init__(self,
         monitor:str='valid_loss',  # A column of `learn.history`: a loss or a metric
@@ -169,7 +169,7 @@ class SaveModelCallback(Follower):
 # %% ../../nbs/36_train.trackers.ipynb #63425ab7
 class CSVLogger(Callback):
     "Keeps `learn.history` in `learn.path/{fname}`."
-    order = 65  # after those who follow
+    order, uses_images = 65, False  # after those who follow
 
     def __init__(self,
         fname:str='history.csv',  # Name of the file
