@@ -8,7 +8,6 @@ __all__ = ['NOTHING_FROZEN', 'STORE', 'FeatureDL', 'targets_of', 'MixFeatures', 
 
 # %% ../../nbs/31_train.frozen.ipynb #1a491f0a
 import copy
-import errno
 import random
 import secrets
 import time
@@ -33,7 +32,7 @@ from .identity import identity
 from .libraries import is_fastai_transform
 from .precision import placed
 from .progress import shows_bars
-from .store import Features, FeatureStore
+from .store import Features, FeatureStore, StoreError
 from .uses_images import uses_images
 
 # %% ../../nbs/31_train.frozen.ipynb #cd65c96a
@@ -242,9 +241,7 @@ def on_features(
     if not why:
         try: loaders = _loaders(learn, train, valid, views, store)
         except IdentityError as e: why = str(e)
-        except OSError as e:
-            if e.errno != errno.ENOSPC: raise
-            why = 'no room is left for features, neither in memory nor on the disk'
+        except StoreError as e: why = f'no room is left for features in memory, and the disk cannot hold them ({e})'
     standing_in = [dl for dl in loaders or () if isinstance(dl, FeatureDL)]
     if not standing_in:
         if why and why != NOTHING_FROZEN: print(f'The frozen part is computed anew in each epoch: {why}.')
