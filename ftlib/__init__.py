@@ -41,6 +41,7 @@ _ROOMS = {
     "train.average": "EMA",
     "train.vision": "vision_learner",
     "teach.distill": "Distill",
+    "teach.pseudo": "pseudo_labels",
     "teach.hints": "Hints",
     "teach.rotation": "rotation_learner",
     "teach.probe": "probe",

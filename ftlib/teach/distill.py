@@ -129,10 +129,17 @@ class Distill(Callback):
         if not self.run: return
         learn, teachers = self.learn, self.teacher if isinstance(self.teacher, (list, tuple)) else [self.teacher]
         if not teachers: raise TrainError('an empty list of teachers.')
+        say(learn, self._what_the_loss_is())
         found = [as_teacher(t, learn, self.size, self.stats) for t in teachers]
         net, dl = found[0] if len(found) == 1 else Teachers(found), learn.dls.train
         if isinstance(dl, FeatureDL): self.kept = self._answers(net, dl)
         else: self.net = net
+
+    def _what_the_loss_is(self):
+        "Why train_loss can't be compared with valid_loss"
+        name = self.loss if isinstance(self.loss, str) else getattr(self.loss, '__name__', type(self.loss).__name__)
+        squared = f', which has a factor T² = {self.T ** 2:g}' if isinstance(self.loss, str) else ''
+        return f'train_loss is {1 - self.alpha:.2g} × the loss of the labels + {self.alpha:g} × the distance to the teacher ({name}{squared}); valid_loss is the loss of the labels alone.'
 
     def _answers(self, net, dl):
         "What the teacher says of each picture, by the number of the view"

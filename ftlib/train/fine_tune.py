@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from fastcore.foundation import L
 
 from ..data.interrupt import TrainingStopped, stop_between_batches
+from .best import stopped_with
 from .frozen import why_pictures
 from .groups import TrainError
 from .progress import say
@@ -211,6 +212,6 @@ class _Run:
     def break_off(self):
         "Leave the best weights so far, or those from before where no epoch was validated; says which"
         restored = self.learn.best_weights.restore() if len(self.learn.epoch_log.rows) > self.n_rows else None
-        if restored: return f'Training was stopped. The learner holds the best weights so far: {restored}. Fit again to go on from there.'
+        if restored: return stopped_with(restored)
         self.learn.model.load_state_dict(self.start)
         return 'Training was stopped before an epoch was validated. The learner holds the weights from before.'

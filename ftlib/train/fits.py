@@ -19,7 +19,7 @@ from fastcore.foundation import L
 
 from ..data.interrupt import TrainingStopped, stop_between_batches
 from ..data.loader import seed_all
-from .best import BestWeights
+from .best import BestWeights, stopped_with
 from .checkpoint import Checkpoint, course, put_moment, put_training
 from .fine_tune import fine_tune
 from .frozen import on_features
@@ -177,7 +177,7 @@ class Fits(Stepping):
 
     def _where_it_stopped(self, best, restored):
         "Which weights a stopped fit leaves, and how to go on"
-        if restored: return f'Training was stopped. The learner holds the best weights so far: {restored}. Fit again to go on from there.'
+        if restored: return stopped_with(restored)
         if best is None or not best.stepped: return 'Training was stopped before the first step. The learner is as it was.'
         return 'Training was stopped, and no epoch was validated yet. The learner holds the weights of this moment; fit again to go on from there.'
 
