@@ -25,6 +25,9 @@ EXAMPLES = {
     "lr-find": "ftlib lr-find flowers --arch resnet18\nftlib lr-find flowers --unfrozen --out runs/rates",
     "evaluate": "ftlib evaluate flowers                  # what 'ftlib train flowers' left in runs/train\n"
                 "ftlib evaluate photographs --on all --weights flowers.safetensors --out runs/photographs",
+    "predict": "ftlib predict photographs             # by what 'ftlib train' left in runs/train\n"
+               "ftlib predict 'inbox/*.jpg' --model flowers.ftl --top 3 --csv classes.csv --copy-to sorted",
+    "info": "ftlib info runs/train/model.ftl",
     "compare": "ftlib compare flowers --arch resnet18 --epochs 4\n"
                "ftlib compare flowers --probe resnet18 mobilenetv3_large_100 efficientnet_b0   # which body?",
     "cv": "ftlib cv flowers --arch resnet18 --k 5\nftlib cv flowers --recipe fine-tune --epochs 4",
@@ -48,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
                "  130  stopped by Ctrl-C")
     parser.add_argument("--version", action="version", version=f"ftlib {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _compare_options, _cv_options, _audit_options, _models_options, _cache_options): add(commands)
+    for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _predict_options, _info_options, _compare_options, _cv_options, _audit_options, _models_options, _cache_options): add(commands)
     return parser
 
 
@@ -132,6 +135,22 @@ def _evaluate_options(commands):
     command.set_defaults(size=None)
     command.add_argument("--tta", type=_whole, default=0, help="augmented views of each picture to take the mean over, besides the plain one")
     command.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="where tables and the page go")
+
+
+def _predict_options(commands):
+    command = _command(commands, "predict", do.predict, "Classify new images: a folder, a pattern, a CSV file with a column path")
+    command.add_argument("source", metavar="IMAGES", help="a folder (with all folders in it), a pattern such as 'inbox/*.jpg', a .csv, or one image")
+    command.add_argument("--model", metavar="PATH", type=Path, default=Path("runs/train/model.ftl"), help="a bundle: what 'ftlib train' or learn.bundle() wrote")
+    command.add_argument("--top", type=_whole, default=1, help="classes for each image, the most probable first")
+    command.add_argument("--threshold", type=float, help="mark answers of a lower probability as unsure (by default the bundle's own threshold)")
+    command.add_argument("--csv", type=Path, help="write one row for each image here")
+    command.add_argument("--copy-to", metavar="DIR", type=Path, help="copy each image into a folder of its class there")
+    command.add_argument("--bs", type=_whole, default=64, help="images in a batch")
+
+
+def _info_options(commands):
+    command = _command(commands, "info", do.info, "Show what a bundle says of itself: classes, figures, licence")
+    command.add_argument("model", metavar="PATH", type=Path, help="a bundle: what 'ftlib train' or learn.bundle() wrote")
 
 
 def _compare_options(commands):

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/90_commands.ipynb #d35b2d8a
 import os
+import sys
 
 # %% ../nbs/90_commands.ipynb #03f517fb
 def _learner(source, arch, weights, data):
@@ -106,6 +107,28 @@ def evaluate(args):
     report = learn.evaluate(args.folder if args.on == "all" else args.on, tta=args.tta)
     print(_classes(report) + f"\n\n{report}")
     print(f"written to {args.out}: {', '.join(p.name for p in report.save(args.out, title=str(args.folder)))}")
+
+
+def predict(args):
+    "Classes of new images"
+    _place(args.csv)
+    from ftlib.deploy.bundle import load_bundle
+    from ftlib.deploy.predict import sort_into_folders
+    table = load_bundle(args.model).predict_images(args.source, top=args.top, bs=args.bs, threshold=args.threshold, progress=sys.stderr.isatty())
+    unread = table["error"].notna()
+    counts = table["class"].mask(table["unsure"], "(unsure)").mask(unread, "(cannot be read)").value_counts()
+    print(counts.rename_axis("class").rename("images").to_string())
+    for path, error in table.loc[unread, ["path", "error"]].head(5).itertuples(index=False): print(f"{path}: {error}", file=sys.stderr)
+    if args.csv: table.to_csv(args.csv, index=False)
+    if args.copy_to: sort_into_folders(table, args.copy_to)
+    written = [str(p) for p in (args.csv, args.copy_to) if p]
+    print(f"\n{len(table) - unread.sum():,} images" + (f"; written to {' and '.join(written)}" if written else ""))
+
+
+def info(args):
+    "What a bundle says of itself"
+    from ftlib.deploy.bundle import load_bundle
+    print(load_bundle(args.model).card())
 
 
 def _arch(args):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .data.sources import read_source
+from .deploy.bundle import save_bundle
 from .evaluate.report import Report
 from .train.fine_tune import fine_tune
 
@@ -56,6 +57,7 @@ class Run:
         steps["report.html"] = partial(self.report.save, out, title="Validation set")
         plots = {f"lr_find_{name.replace(' ', '_')}": found.plot for name, found in self.curves.items() if len(found.curve)}
         plots |= {"history": self.learn.plot_history, "per_class": self.report.plot_per_class}
+        steps["model.ftl"] = partial(save_bundle, self.learn, out / "model.ftl", report=self.report)
         steps |= {f"{name}.png": partial(save_picture, draw, out / f"{name}.png") for name, draw in plots.items()}
         for name, write in steps.items():
             try: write()

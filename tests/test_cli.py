@@ -62,7 +62,7 @@ def complaint(done):
 def test_train_writes_tables_plots_and_weights(shell, stripes):
     done = check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "out"), 0)
     out = shell.folder / "out"
-    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "per_class.png", "split.csv", "summary.csv", "weights.safetensors", *REPORT}
+    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "model.ftl", "per_class.png", "split.csv", "summary.csv", "weights.safetensors", *REPORT}
     classes, history, summary = (pd.read_csv(out / f"{n}.csv") for n in ("per_class", "history", "summary"))
     assert classes["class"].tolist() == ["lying", "standing"]
     assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
@@ -70,6 +70,23 @@ def test_train_writes_tables_plots_and_weights(shell, stripes):
     top1 = classes["right"].sum() / classes["pictures"].sum()
     assert summary["top1"].iloc[-1] == pytest.approx(top1) and f"top-1 {top1:.4f}" in done.stdout
     assert history["accuracy"].max() == pytest.approx(top1, abs=1e-6), "the table and the metric count the same pictures"
+
+
+def test_new_images_are_classified_and_sorted(shell, stripes, tmp_path):
+    check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "runs/train"), 0)
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    for i, path in enumerate(sorted(stripes.glob("*/0[0-5].png"))): (inbox / f"{path.parent.name}-{i}.png").write_bytes(path.read_bytes())
+    (inbox / "=broken.png").write_text("no image")
+    done = check(shell("predict", inbox, "--csv", "out/classes.csv", "--copy-to", "sorted"), 0)
+    table = pd.read_csv(shell.folder / "out" / "classes.csv")
+    assert len(table) == 13 and table["error"].notna().sum() == 1 and "12 images" in done.stdout and "(cannot be read)" in done.stdout
+    good = table[table["error"].isna()]
+    assert (good["path"].map(lambda p: p.rsplit("/", 1)[1].split("-")[0]) == good["class"]).mean() > .8
+    assert {p.parent.name: 1 for p in (shell.folder / "sorted").glob("*/*")} == {c: 1 for c in good["class"].unique()}
+    assert "2 classes" in check(shell("info", "runs/train/model.ftl"), 0).stdout
+    assert "is not a bundle" in complaint(check(shell("predict", inbox, "--model", stripes / "lying" / "00.png"), 2))
+    assert "Model" not in complaint(check(shell("predict", inbox / "nothing"), 2))
 
 
 def test_a_training_is_judged_again(shell, stripes):

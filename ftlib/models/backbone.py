@@ -215,4 +215,15 @@ def create_network(arch,               # A name, a function that builds a classi
         body.width, n_out, lin_ftrs=lin_ftrs, ps=ps, pool=not own, concat_pool=concat_pool, first_bn=first_bn,
         bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     if init is not None: apply_init(head, init)
-    return Network(body, head)
+    net = Network(body, head)
+    args = dict(cut=cut, normalize=normalize, concat_pool=concat_pool, pool=pool, lin_ftrs=lin_ftrs, ps=ps, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
+    net.built_by = _build_args(arch, n_out, n_in, custom_head, args | kwargs)
+    return net
+
+def _build_args(arch, n_out, n_in, custom_head, args):
+    "What builds a network like this again, as JSON has it; None where it is more than names and numbers"
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in args.items()}
+    a = find_arch(arch)
+    if custom_head is not None or a.source not in ('torchvision', 'timm'): return None
+    if not all(v is None or isinstance(v, (bool, int, float, list)) for v in plain.values()): return None
+    return dict(builder='create_network', arch=a.name, n_out=n_out, n_in=n_in) | plain

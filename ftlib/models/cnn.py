@@ -37,7 +37,9 @@ def cnn(n_out,                   # Number of classes, or batches (`dls`) that sa
     stages['pool'] = nn.Sequential(nn.AdaptiveAvgPool2d(end), nn.Flatten())
     width = before*end*end
     norm = Normalize(_each(mean, n_in), _each(std, n_in))
-    return Network(Body(norm, stages, width, 'cnn', size, [*shapes, (width,)]), _head([width, *linear], n_out, ps))
+    net = Network(Body(norm, stages, width, 'cnn', size, [*shapes, (width,)]), _head([width, *linear], n_out, ps))
+    net.built_by = dict(builder='cnn', n_out=n_out, channels=list(channels), linear=list(linear), size=size, n_in=n_in, ps=ps, grid=grid)
+    return net
 
 # %% ../../nbs/16_models.cnn.ipynb #d8f87de6
 def _read(dls, size, n_in):

@@ -71,6 +71,7 @@ class Body(nn.Sequential):
 class Network(nn.Sequential):
     "A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai."
     bn = 'moving'  # Batch-norm statistics of stages that train: 'moving', or 'still' as they were loaded
+    built_by = None  # By which of ftlib's builders, with which arguments, as JSON has them; None where it can't be built again from these
 
     def __init__(self, body: Body, # Pictures to features
                  head: nn.Module,  # Features to one number per class
