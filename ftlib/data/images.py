@@ -104,7 +104,7 @@ class ImageData(DataLoaders):
     @property
     def bad_files(self):
         "Files left out (path, problem, detail), and pictures that turned out to be broken when they were decoded"
-        detail = "found when decoded; another of its class stands in"
+        detail = "found when decoded; left out of figures, and another of its class is trained on in its place"
         late = [(str(dl.dataset.tls[0].items[i].source), "corrupt", detail)
                 for dl in self.loaders for i in dl.failed.nonzero().flatten().tolist()]
         late = pd.DataFrame(late, columns=["path", "problem", "detail"])

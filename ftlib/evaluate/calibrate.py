@@ -16,6 +16,7 @@ from fastai.torch_core import to_np
 from fastcore.basics import noop, patch
 
 from .intervals import EvaluateError
+from ..data.loader import broken_mask
 from .report import Report, batches_of
 from ..train.activation import check_probabilities, probabilities
 from ..train.learner import Learner
@@ -100,6 +101,8 @@ def calibrate(self:Learner,
     "Fit a temperature (Guo et al. 2017) and keep it with the learner."
     dl, title = batches_of(self, on)
     with self.no_bar(), self.no_logging(): scores, targets = self.get_preds(act=noop, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))
+    broken = broken_mask(self.dls.valid if dl is None else dl)
+    if broken is not None: scores, targets = scores[~broken], targets[~broken]
     temperature, vocab = fit_temperature(scores, targets), self.dls.vocab
     both = [probabilities(self.loss_func, scores / t) for t in (1., temperature)]
     check_probabilities(self.loss_func, both[0])

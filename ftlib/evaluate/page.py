@@ -142,6 +142,7 @@ def page(
     first = table.iloc[0]
     each = 'recognised' if table.index[0] == 'top1' else 'right in every class'
     said = (f'Of {int(first["total"]):,} pictures {int(first["right"]):,} were {each}. On new pictures of the same kind, expect between {first["low"]:.1%} and {first["high"]:.1%}.')
+    if report.left_out: said += f' {report.left_out:,} more cannot be opened and are left out.'
     cards = ''.join(f'<div class=card>{escape(n[0].upper() + n[1:])}<b>{r["value"]:.1%}</b><span class=dim>{_between(r, ".1%")}</span></div>'
                     for n, r in table.iterrows() if n not in ('loss', 'Brier', 'ECE'))
     parts.append(f'<h1>{escape(title)}</h1><p class=dim>{escape(about)}</p><p>{said}</p><div class=cards>{cards}</div>')

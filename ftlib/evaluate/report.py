@@ -15,10 +15,11 @@ import torch
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_np
 from fastcore.basics import patch
+from PIL import Image
 
 from ..data.images import ImageData
-from ..data.loader import PictureDL
-from ..data.pictures import open_picture
+from ..data.loader import PictureDL, broken_mask
+from ..data.pictures import PictureError, open_picture
 from .intervals import EvaluateError
 from .multilabel import MultiLabel
 from .page import page
@@ -39,8 +40,16 @@ class Report:
         confidence:float=.95,  # Of the intervals
         threshold:float=.5,    # From which probability on a class is predicted, where a picture has any number of them
         title:str='',          # What was evaluated
+        broken=None,           # A mask of pictures that could not be opened: they are left out of all figures and counted in `left_out`
     ):
         targets = np.asarray(targets)
+        self.places = np.arange(len(targets)) if broken is None else np.flatnonzero(~np.asarray(broken))  # In the set, of the pictures that count
+        self.left_out = len(targets) - len(self.places)
+        if not len(self.places) and self.left_out: raise EvaluateError(f'none of the {self.left_out:,} pictures can be opened.')
+        if self.left_out:
+            probs, targets = np.asarray(probs)[self.places], targets[self.places]
+            losses = None if losses is None else np.asarray(losses)[self.places]
+            items = None if items is None else [items[i] for i in self.places]
         how = dict(losses=losses, confidence=confidence)
         self.scores = MultiLabel(probs, targets, classes, threshold=threshold, **how) if targets.ndim == 2 else SingleLabel(probs, targets, classes, **how)
         if items is not None and len(items) != len(self.scores.probs):
@@ -86,9 +95,10 @@ class Report:
         return str(source) if type(source).__name__ == 'Ref' else f'picture {i}'
 
     def picture(self, i:int, size:int=256):
-        "The `i`-th picture, as it is in its file."
+        "The `i`-th picture, as it is in its file; grey where it cannot be opened."
         if self.items is None: raise EvaluateError('the pictures themselves are not known: this report was made of predictions without `items`.')
-        return open_picture(getattr(self.items[i], 'source', self.items[i]), size)
+        try: return open_picture(getattr(self.items[i], 'source', self.items[i]), size)
+        except PictureError: return Image.new('RGB', (size, size), '#b0b0b0')  # deleted or damaged since
 
     def lines(self) -> list:
         "The figures as lines of text."
@@ -97,6 +107,7 @@ class Report:
             name = name[0].upper() + name[1:]
             if pd.notna(total): said.append(f'{name} {int(right)}/{int(total)} ({value:.1%}) [{100 * low:.1f}, {100 * high:.1f}]'.replace('%)', ' %)'))
             else: said.append(f'{name} {value:.3f}' + (f' [{low:.3f}, {high:.3f}]' if pd.notna(low) else ''))
+        if self.left_out: said.append(f'Left out {self.left_out:,} of {self.left_out + len(self.places):,} pictures: they cannot be opened')
         return said
 
     def __repr__(self): return '\n'.join(([self.title] if self.title else []) + self.lines())
@@ -184,7 +195,7 @@ def evaluate(self:Learner,
         if tta: probs = _augmented(self, dl, probs, tta)
     vocab = getattr(self.dls, 'vocab', None)
     check_probabilities(self.loss_func, probs)
-    return Report(to_np(probs), to_np(targets), range(probs.shape[-1]) if vocab is None else vocab, items, None, confidence, threshold, title)
+    return Report(to_np(probs), to_np(targets), range(probs.shape[-1]) if vocab is None else vocab, items, None, confidence, threshold, title, broken_mask(self.dls.valid if dl is None else dl))
 
 
 def batches_of(

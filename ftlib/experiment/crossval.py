@@ -13,6 +13,7 @@ import pandas as pd
 from fastai.torch_core import to_np
 
 from ..data.images import image_data
+from ..data.loader import broken_mask
 from ..data.sources import read_source
 from ..data.splits import show_names
 from ..evaluate.intervals import mean_interval
@@ -56,8 +57,9 @@ class CrossValidation:
         "A row a picture: file, label, prediction, its probability, the label's, fold of the first repeat. Probabilities are means over the repeats."
         probs, n = np.zeros((len(self.data), len(self.classes))), np.zeros(len(self.data))
         for r in self.runs:
-            probs[r['rows']] += r['probs']
-            n[r['rows']] += 1
+            rows = r['rows'][r['places']]  # without pictures that cannot be opened
+            probs[rows] += r['probs']
+            n[rows] += 1
         done = n > 0
         probs[done] /= n[done, None]
         names, targets = np.array(self.classes, object), self.data['target'].to_numpy()
@@ -99,7 +101,7 @@ class CrossValidation:
         "The ensemble on what was held out."
         dl = self._trained()[0].dls.held_out()
         targets = targets_of(dl).numpy()
-        return Report(self.predict(dl), targets, self.classes, dl.dataset.items, confidence=self.confidence, title='test, by the ensemble of the folds')
+        return Report(self.predict(dl), targets, self.classes, dl.dataset.items, confidence=self.confidence, title='test, by the ensemble of the folds', broken=broken_mask(dl))
 
     def __repr__(self): return f'{len(self.runs)} folds\n{self.table.round(4).to_string()}'
 

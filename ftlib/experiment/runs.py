@@ -80,11 +80,11 @@ def do_run(
     if not hasattr(learn, 'evaluate'): raise CompareError(f'a way to train gives its learner when it is done, this one gave a {type(learn).__name__}.')
     seconds, report, history = time.perf_counter() - start, learn.evaluate(on), learn.history
     dl, _ = batches_of(learn, on)
-    files = [str(getattr(o, 'source', o)) for o in getattr((learn.dls.valid if dl is None else dl).dataset, 'items', [])]
+    files = [str(getattr(o, 'source', o)) for o in report.items or []]
     parameters = list(learn.model.parameters())
     return dict(seconds=seconds, bytes=memory.bytes, parameters=sum(p.numel() for p in parameters), trainable=sum(p.numel() for p in parameters if p.requires_grad),
                 epochs=len(history), best_epoch=_best(learn, history), images_per_second=images_per_second(learn), history=history.to_dict('list'),
-                probs=report.probs.astype(np.float32), targets=np.asarray(report.targets), classes=list(report.classes), files=files)
+                probs=report.probs.astype(np.float32), targets=np.asarray(report.targets), classes=list(report.classes), files=files, places=report.places)
 
 
 def _best(learn, history):

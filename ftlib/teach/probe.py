@@ -14,9 +14,8 @@ import torch
 from fastai.torch_core import to_np
 from torch import nn
 
-from ..data.cache import picture_name
 from ..models.network import Network
-from ..train.frozen import outputs_of, targets_of
+from ..train.frozen import image_names, outputs_of, targets_of
 from ..train.groups import TrainError
 
 # %% ../../nbs/46_teach.probe.ipynb #a5f61c46
@@ -44,11 +43,12 @@ def stage_features(
     every, parts, labels = AllStages(net.to(learn.dls.device)), [], []
     for data in (learn.dls.train_ds, learn.dls.valid_ds):
         dl = learn.dls.valid.new(data, shuffle=False, drop_last=False)
-        names = [picture_name(o) for o in data.tls[0].items]
+        names = image_names(dl)
         with data.set_split_idx(1):
             found = outputs_of(every, dl, names, precision=getattr(learn, 'precision', 'fp32'), dtype=torch.float32, fresh=True)
-            parts.append(to_np(found.take(found.places(names))))
-            labels.append(to_np(targets_of(dl)))
+            rows = [i for i, n in enumerate(names) if n in found.at]  # without pictures that cannot be opened
+            parts.append(to_np(found.take(found.places([names[i] for i in rows]))))
+            labels.append(to_np(targets_of(dl)[rows]))
     widths = [s[0] if first else s[-1] for s, first in zip(net.body.shapes, every.first)]
     ends = np.cumsum(widths)
     return {n: tuple(p[:, e - w:e] for p in parts) for n, w, e in zip(net.stage_names, widths, ends)}, *labels

@@ -38,6 +38,8 @@ def judge(
         try: probs, targets, loss = learn.get_preds(ds_idx=1, with_loss=True)
         except TypeError: return None  # a loss function without `reduction`
     if loss.ndim != 1 or len(loss) != len(targets): return None
+    broken = loss.isnan() & probs.reshape(len(probs), -1).isnan().all(1)
+    probs, loss = probs.where(~broken.reshape(-1, *[1] * (probs.ndim - 1)), 0.), loss.where(~broken, 0.)  # as good before as after
     one_class = probs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
     return Judgement(loss.double().numpy(), (probs.argmax(1) == targets).numpy() if one_class else None)
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from ..data.cache import written
 from ..data.interrupt import stop_between_batches
+from ..data.loader import broken_mask
 from .activation import LossOfEach, check_mixing, classes_of, probabilities, reduces
 from .best import BestWeights
 from .fits import FiniteLoss, Fits
@@ -130,6 +131,10 @@ class Learner(Fits):
             self.folds = self.model._compiled_call_impl is None
             found = super().get_preds(ds_idx, dl, with_input, False, with_loss, self._probabilities if act is None else act, *args, **kwargs)
             preds = found[with_input]
+            broken = broken_mask(self.dls[ds_idx] if dl is None else dl)
+            if broken is not None and preds is not None and len(preds) == len(broken):  # no prediction, in place of that of a stand-in
+                for o in (preds, *(found[-1:] if with_loss else ())):
+                    if torch.is_tensor(o) and o.is_floating_point(): o[broken] = float('nan')
             if not with_decoded or preds is None: return found
             return (*found[:with_input + 2], self._classes(preds), *found[with_input + 2:])
 

@@ -99,6 +99,13 @@ class Stepping(Grouped):
         self._listeners = {}
         return super().remove_cb(cb)
 
+    def one_batch(self, i, b):
+        "As fastai's; images that could not be opened are left out of a validation. Predictions are given row by row, see `Learner.get_preds`"
+        broken = None if self.training or hasattr(self, 'gather_preds') else getattr(self.dl, 'broken', None)
+        if broken is None: return super().one_batch(i, b)
+        self.iter = i
+        if not broken.all(): super().one_batch(i, tuple(o[~broken.to(o.device)] for o in b))
+
     def _set_device(self, b):
         "As fastai's; a batch that is there already is left as it is"
         if self.iter == 0 or self._device is None: self._device = next(self.model.parameters()).device

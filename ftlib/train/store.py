@@ -27,8 +27,8 @@ class Features:
     ): self.recipe, self.blocks, self.files, self.at, self.mapped = recipe, [], [], {}, 0
 
     def add(self, names, block, file=None):
-        "Rows of `block` for the pictures called `names`, None for a row that is none; `file` is open where the block is mapped"
-        self.at.update({n: (len(self.blocks), r) for r, n in enumerate(names) if n is not None})
+        "Rows of `block` for the pictures called `names`, '' for a row that is none; `file` is open where the block is mapped"
+        self.at.update({n: (len(self.blocks), r) for r, n in enumerate(names) if n})
         self.blocks.append(block)
         self.files.append(file)
         self.mapped += (file is not None) * block.nbytes
@@ -113,7 +113,7 @@ class FeatureStore:
             if not all(isinstance(n, str) for n in names) or not len(names) == len(sums) == shape[0] or about['bytes'] != prod(shape) * dtype.itemsize: raise ValueError
             block = torch.from_file(str(listed.with_suffix('.bin')), True, prod(shape), dtype=dtype).view(shape)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError): return file.close()
-        features.add([n if checksum(_bytes(row)) == known else None for n, row, known in zip(names, block, sums)], block, file)
+        features.add([n if checksum(_bytes(row)) == known else '' for n, row, known in zip(names, block, sums)], block, file)
 
     @property
     def used(self): return sum(f.in_memory for f in self.alive)
