@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pseudo_labels']
 
-# %% ../../nbs/43b_teach.pseudo.ipynb #bf32fdd5
+# %% ../../nbs/43b_teach.pseudo.ipynb #d7593d8d
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastai.torch_core import to_np
 
 from ..train.groups import TrainError
 
-# %% ../../nbs/43b_teach.pseudo.ipynb #5e9af419
+# %% ../../nbs/43b_teach.pseudo.ipynb #3c0442cb
 def pseudo_labels(
     teacher,              # A trained learner
     images,               # Images without labels: a list of paths (as from `get_image_files(folder)`), arrays or PIL images
