@@ -39,7 +39,7 @@ _ROOMS = {
     "train.stopping": "EarlyStopping StopOnNaN",
     "train.fine_tune": "RunFailed",
     "train.average": "EMA",
-    "train.vision": "vision_learner",
+    "train.vision": "vision_learner unet_learner",
     "teach.distill": "Distill",
     "teach.pseudo": "pseudo_labels",
     "teach.hints": "Hints",

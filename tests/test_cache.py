@@ -266,7 +266,7 @@ def fitted(folder, cache, frozen=-2, epochs=3, **kwargs):
 @pytest.mark.parametrize("frozen", [-1, -2, 1])
 def test_a_fit_on_features_is_the_fit_on_pictures(folder, frozen):
     (_, plain, preds), (learn, kept, other) = fitted(folder, False, frozen), fitted(folder, True, frozen)
-    assert (plain.cached == 0).all() and (kept.cached == learn.model.frozen).all() and learn.model._begins is None
+    assert (plain.cached == 0).all() and (kept.cached == learn.model.frozen).all() and learn.tail is None
     for name in ("train_loss", "valid_loss"): np.testing.assert_allclose(kept[name], plain[name], rtol=2e-2, atol=2e-3)
     assert torch.allclose(preds, other, atol=2e-2)
     assert kept.fill_bytes[0] > 0 and (kept.fill_bytes[1:] == 0).all()

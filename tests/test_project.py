@@ -114,7 +114,7 @@ def test_the_shell_waits_for_no_torch(root):
 def test_of_fastais_names_only_those_meant_are_replaced(root):
     shown = python("import fastai.vision.all as theirs, ftlib\n"
                    "print(sorted(n for n in ftlib.__all__ if getattr(theirs, n, ftlib) not in (ftlib, getattr(ftlib, n))))", root)
-    assert shown == "['CSVLogger', 'Learner', 'Recorder', 'ReduceLROnPlateau', 'SaveModelCallback', 'load_learner', 'vision_learner']"
+    assert shown == "['CSVLogger', 'Learner', 'Recorder', 'ReduceLROnPlateau', 'SaveModelCallback', 'load_learner', 'unet_learner', 'vision_learner']"
 
 
 def test_ours_are_subclasses_or_take_what_fastais_take(root):

@@ -34,14 +34,14 @@ class _Tail(nn.Module):
 
 def _cut(net, at):
     "The stages up to the map, whether its channels are last, and the tail"
-    shapes = {n: s for n, s in zip(net.stage_names, net.body.shapes) if len(s) > 1}
+    shapes = {n: s for n, s in zip(net.stage_names, net.shapes) if len(s) > 1}
     maps = {n: s[1] != s[2] for n, s in shapes.items() if len(s) == 3 and (s[1] == s[2] > 1 or s[0] == s[1] > 1)}
     if at is None: at = list(shapes)[-1]
     if at not in maps:
         said = f'; its stages with a map are {", ".join(maps)}' if maps else ''
         raise EvaluateError(f'Grad-CAM weighs the channels of a map, and {at!r} of {net.arch} gives {"×".join(map(str, shapes.get(at, ()))) or "none"}{said}.')
     k, last = net.stage_names.index(at) + 1, maps[at]
-    return nn.Sequential(net.body.normalize, *net.stages[:k]), last, _Tail([*net.stages[k:], net.head], last)
+    return nn.Sequential(net.body.normalize, *net.stages[:k]), last, _Tail(net.tail(k), last)
 
 
 @patch

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from functools import cache, partial
 from fastai.layers import AdaptiveConcatPool2d, apply_init
-from fastai.vision.learner import create_head, has_pool_type
+from fastai.vision.learner import create_head
 from pathlib import Path
 from torch import nn
 from .arch import ArchError, backbones, find_arch, timm_tags, torchvision_names
@@ -65,6 +65,7 @@ def _filled(a, weights, n_in, **kwargs):
 
 def _fetched(a, weights, n_in, **kwargs):
     if a.source == 'module' and weights == 'imagenet': return a.build(n_in)
+    if a.takes_pretrained and weights == 'imagenet': return a.build(n_in, True, **kwargs)
     if a.source in ('function', 'module'):
         raise WeightsError(f'{a.name} is no torchvision or timm name, so there are no weights {weights!r} for it: '
                            'pass a file, a learner or weights=None')
@@ -144,10 +145,9 @@ def _end(stages, shapes, cut, concat_pool, pool):
     whole, plain = len(kept) == len(stages) - 1, not any(True for _ in tail.parameters())
     if not whole and not _hands_on_one(last):
         raise ArchError(f'cut={cut}: {kept[-1]} hands on more than one tensor here; cut elsewhere')
-    ours = not whole or plain and _is_map(shps[-1]) and _hands_on_one(last) and len(shapes[-1]) == 1 and (
-        concat_pool and shapes[-1][0] == shps[-1][0])
-    if not pool and _hands_on_one(last) and (plain or not whole): end, width, out = nn.Identity(), shps[-1][0], shps[-1]
-    elif ours: end, width = _pool_of(shps[-1], concat_pool); out = (width,)
+    simple = _is_map(shps[-1]) and _hands_on_one(last) and (not whole or plain and shapes[-1] in (shps[-1], shps[-1][:1]))
+    if simple and not pool: end, width, out = nn.Identity(), shps[-1][0], shps[-1]
+    elif not whole or simple and concat_pool: end, width = _pool_of(shps[-1], concat_pool); out = (width,)
     else:
         more, width = _pool_of(shapes[-1], False)
         end, out = tail if isinstance(more, nn.Identity) else nn.Sequential(tail, more), (width,)
@@ -157,10 +157,10 @@ def _end(stages, shapes, cut, concat_pool, pool):
 def backbone(arch,               # A name, a function that builds a classifier, or a ready module
              weights='imagenet', # 'imagenet', a name of weights, a file, a state dict, a learner or network, or None
              n_in=3,             # Channels of the pictures
-             cut=None,           # Keep the stages before this index of [*stages, head]; -2 is all, -3 drops the last
+             cut=None,           # Keep the stages before this index of [*stages, head], -2 is all, -3 drops the last; or a function: network → body
              normalize=True,     # Normalise inside the network, by the statistics of its makers
              concat_pool=True,   # Maximum and average side by side where the network ends in a plain pool
-             pool=True,          # False leaves a plain pool out: the head gets the map
+             pool=True,          # False leaves a plain pool of a map out, and the map comes out
              input_size=None,    # Side of the pictures, in pixels; by default the architecture's own
              **kwargs,           # More arguments for the function that builds the architecture
             ) -> Body:
@@ -169,6 +169,7 @@ def backbone(arch,               # A name, a function that builds a classifier, 
     if not isinstance(n_in, int) or n_in < 1: raise ArchError(f'n_in={n_in!r}: wanted a number of channels, 1 or more')
     a = find_arch(arch)
     net = _filled(a, weights, n_in, **kwargs)
+    if callable(cut): net, cut = cut(net), None
     size = input_size or a.size
     stages, shapes, width = _end(*_split(net, a.name, n_in, size), cut, concat_pool, pool)
     norm = Normalize(_channels(a.mean, n_in), _channels(a.std, n_in)) if normalize else nn.Identity()
@@ -194,9 +195,9 @@ def create_network(arch,               # A name, a function that builds a classi
                    cut=None,           # See `backbone`
                    normalize=True,     # Normalise inside the network
                    init=nn.init.kaiming_normal_, # First weights of the head; None leaves torch's
-                   custom_head=None,   # A head of your own; one that pools gets the map, others N×`width` features
-                   concat_pool=True,   # See `backbone`
-                   pool=True,          # See `backbone`
+                   custom_head=None,   # A head of your own; it gets the body's map, as in fastai, or features where the network pools in a way of its own
+                   concat_pool=True,   # The head begins with maximum and average side by side; False: with the average
+                   pool=True,          # As in fastai. The head pools the body's map, whatever is given here
                    lin_ftrs=None,      # Widths of the head's hidden layers; by default [512]
                    ps=.5,              # Dropout in the head
                    first_bn=True,      # A batch norm on the features
@@ -208,11 +209,9 @@ def create_network(arch,               # A name, a function that builds a classi
     "A body of stages with `weights`, and a new head as fastai makes it. Raises `ArchError`, `WeightsError`."
     if isinstance(arch, Network): return arch
     if not isinstance(n_out, int) or n_out < 1: raise ArchError(f'n_out={n_out!r}: wanted how many outputs, 1 or more')
-    if custom_head is not None and has_pool_type(custom_head): pool = False
-    body = backbone(arch, weights, n_in, cut, normalize, concat_pool, pool, **kwargs)
-    own = pool or len(body.shapes[-1]) == 1
+    body = backbone(arch, weights, n_in, cut, normalize, concat_pool, pool=False, **kwargs)
     head = custom_head if custom_head is not None else create_head(
-        body.width, n_out, lin_ftrs=lin_ftrs, ps=ps, pool=not own, concat_pool=concat_pool, first_bn=first_bn,
+        body.width, n_out, lin_ftrs=lin_ftrs, ps=ps, pool=len(body.shapes[-1]) == 3, concat_pool=concat_pool, first_bn=first_bn,
         bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     if init is not None: apply_init(head, init)
     net = Network(body, head)

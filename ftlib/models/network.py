@@ -6,11 +6,11 @@
 __all__ = ['Normalize', 'is_norm', 'Body', 'Network']
 
 # %% ../../nbs/10_models.network.ipynb #62fbf2dc
-import copy
-from contextlib import contextmanager
+from collections import OrderedDict
 
 import pandas as pd
 import torch
+from fastai.layers import AdaptiveConcatPool2d, Flatten
 from torch import nn
 
 # %% ../../nbs/10_models.network.ipynb #5dd639a3
@@ -44,8 +44,15 @@ def is_norm(m: nn.Module # Any layer
     return bool(own) and not inside and all(p.numel() == max(p.shape, default=1) for p in own)
 
 # %% ../../nbs/10_models.network.ipynb #f575a4dc
+def _sliced(layers, i):
+    "Some of the layers; a part of a network is no network"
+    return nn.Sequential(OrderedDict(list(layers._modules.items())[i]))
+
+
 class Body(nn.Sequential):
-    "A `Normalize` (or identity) and then named stages: pictures (N×C×H×W) in, features (N×`width`) out."
+    "A `Normalize` (or identity) and then named stages: pictures (N×C×H×W) in, features (N×`width`) or a map (N×`width`×H×W) out."
+    __jit_unused_properties__ = ['stages', 'mean', 'std']
+
     def __init__(self,
                  normalize,      # First layer: a `Normalize`, or `nn.Identity()`
                  stages,         # Mapping of a stage's name to its module, in order
@@ -60,6 +67,7 @@ class Body(nn.Sequential):
         self.stage_names = list(stages)
         self.width,self.arch,self.input_size,self.shapes = width,arch,input_size,list(shapes)
 
+    def __getitem__(self, i): return _sliced(self, i) if isinstance(i, slice) else super().__getitem__(i)
     @property
     def stages(self): return [getattr(self, n) for n in self.stage_names]
     @property
@@ -68,25 +76,54 @@ class Body(nn.Sequential):
     def std(self): return getattr(self.normalize, 'std', None)
 
 # %% ../../nbs/10_models.network.ipynb #5532318f
+_POOLS = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, AdaptiveConcatPool2d, Flatten, nn.Flatten, nn.Identity
+
+
+def _pools(layer):
+    "Does a layer make features of a map, without weights and in the same way in every mode?"
+    return all(map(_pools, layer)) if type(layer) is nn.Sequential else isinstance(layer, _POOLS)
+
+
 class Network(nn.Sequential):
-    "A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai."
+    """A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai: where the body hands on a map, the head begins with the pool,
+    which counts as the last of the `stages`."""
     bn = 'moving'  # Batch-norm statistics of stages that train: 'moving', or 'still' as they were loaded
     built_by = None  # By which of ftlib's builders, with which arguments, as JSON has them; None where it can't be built again from these
+    __jit_unused_properties__ = ['body', 'head', 'stages', 'stage_names', 'shapes', 'mean', 'std', 'input_size', 'width', 'arch', 'frozen', 'keeps_statistics']
 
-    def __init__(self, body: Body, # Pictures to features
-                 head: nn.Module,  # Features to one number per class
+    def __init__(self, body: Body, # Pictures to features, or to a map
+                 head: nn.Module,  # What the body hands on, to one number per class
                 ):
         super().__init__(body, head)
-        self.frozen_to,self.train_bn,self._begins = 0,False,None
+        self.frozen_to,self.train_bn = 0,False
 
+    def __getitem__(self, i): return _sliced(self, i) if isinstance(i, slice) else super().__getitem__(i)
     @property
     def body(self): return self[0]
     @property
     def head(self): return self[1]
+
+    def _n_pool(self):
+        "Layers at the beginning of the head that pool the body's map"
+        names = self.body.stage_names
+        if not names or not isinstance(self.body.stages[-1], nn.Identity) or type(self.head) is not nn.Sequential: return 0
+        return next((i for i, m in enumerate(self.head) if not _pools(m)), len(self.head))
+
     @property
-    def stages(self): return self.body.stages
+    def stages(self):
+        "The parts before the classifier in order, the pool last"
+        n = self._n_pool()
+        if not n: return self.body.stages
+        pool = self.head[:n]
+        pool.training = pool[0].training  # it is made anew, and no part of the network itself
+        return [*self.body.stages[:-1], pool]
     @property
     def stage_names(self): return self.body.stage_names
+    @property
+    def shapes(self):
+        "What comes out of each of the stages, without the batch dimension"
+        n, shapes = self._n_pool(), self.body.shapes
+        return [*shapes[:-1], tuple(self.head[:n](torch.zeros(1, *shapes[-1])).shape[1:])] if n and shapes else shapes
     @property
     def mean(self): return self.body.mean
     @property
@@ -97,6 +134,19 @@ class Network(nn.Sequential):
     def width(self): return self.body.width
     @property
     def arch(self): return self.body.arch
+
+    def tail(self, k # Stages that are passed over
+            ) -> nn.Sequential:
+        "The rest of the network, which takes what the first `k` stages hand on. The layers are the network's own."
+        n, stages = self._n_pool(), self.body.stages
+        rest = list(self.head[n:]) if n and k == len(stages) else [*stages[k:], self.head]
+        return nn.Sequential(*([self.body.normalize] if not k else []), *rest)
+
+    def last_layer(self, k # Stages, 1 or more
+                  ) -> nn.Module:
+        "The layer whose output is what the first `k` stages hand on."
+        n = self._n_pool()
+        return self.head[n - 1] if n and k == len(self.body.stages) else self.body.stages[k - 1]
 
     def _owned(self):
         "Index of a part in `[*stages, head]` and the parameters it is the first to hold."
@@ -150,10 +200,11 @@ class Network(nn.Sequential):
 
     @property
     def frozen(self):
-        "Number of leading stages whose output for a picture cannot change."
+        "Number of leading stages whose output for a picture cannot change: those that were frozen, up to the first of which a weight trains."
         if self.train_bn or not self.frozen_to: return 0
         owned = self._owned()
-        return owned[self.frozen_to][0] if self.frozen_to < len(owned) else len(self.stages)
+        trains = (i for i, ps in owned[:self.frozen_to] if any(p.requires_grad for p in ps))
+        return next(trains, owned[self.frozen_to][0] if self.frozen_to < len(owned) else len(self.stages))
 
     def train(self, mode=True):
         "Set training mode; frozen stages stay in evaluation mode, and with `bn='still'` all norms of the body that have statistics."
@@ -165,23 +216,9 @@ class Network(nn.Sequential):
         if self.frozen_to == len(self._owned()) and not self.train_bn: self.head.eval()
         return self
 
-    def forward(self, x):
-        if self._begins is None or tuple(x.shape[1:]) != self._begins[1]: return super().forward(x)
-        for part in [*self.stages[self._begins[0]:], self.head]: x = part(x)
-        return x
-
-    @contextmanager
-    def beginning_at(self, k,   # Stages that are passed over
-                     shape,     # What comes out of them, without the batch dimension
-                    ):
-        "Within, a batch of features of this `shape` goes on after the first `k` stages; pictures go the whole way."
-        before, self._begins = self._begins, (k, tuple(shape))
-        try: yield self
-        finally: self._begins = before
-
     def table(self):
         "A DataFrame, one row per stage and one for the head: output shape, parameters, what trains, the norms."
-        shapes = [*self.body.shapes, ()]
+        shapes = [*self.shapes, ()]
         parts = zip([*self.stage_names, 'head'], [*self.stages, self.head], shapes)
         return pd.DataFrame([_row(*p) for p in parts])
 

@@ -135,5 +135,5 @@ class Hints(Callback):
 
 
 def _channels(regressors): return [(r.in_channels, r.out_channels) for r in regressors]
-def _maps(net): return {n: s[0] for n, s in zip(net.stage_names, net.body.shapes) if len(s) == 3 and s[1] == s[2]}
+def _maps(net): return {n: s[0] for n, s in zip(net.stage_names, net.shapes) if len(s) == 3 and s[1] == s[2]}
 def _family(arch): return re.match('[a-z]*', arch.removeprefix('tf_').replace('wide_', '').replace('resnext', 'resnet')).group()

@@ -24,7 +24,7 @@ class AllStages(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.normalize, self.stages = net.body.normalize, nn.ModuleList(net.stages)
-        self.first = [len(s) != 3 or s[1] == s[2] for s in net.body.shapes]  # do channels come first?
+        self.first = [len(s) != 3 or s[1] == s[2] for s in net.shapes]  # do channels come first?
 
     def forward(self, x):
         x, found = self.normalize(x), []
@@ -49,7 +49,7 @@ def stage_features(
             rows = [i for i, n in enumerate(names) if n in found.at]  # without pictures that cannot be opened
             parts.append(to_np(found.take(found.places([names[i] for i in rows]))))
             labels.append(to_np(targets_of(dl)[rows]))
-    widths = [s[0] if first else s[-1] for s, first in zip(net.body.shapes, every.first)]
+    widths = [s[0] if first else s[-1] for s, first in zip(net.shapes, every.first)]
     ends = np.cumsum(widths)
     return {n: tuple(p[:, e - w:e] for p in parts) for n, w, e in zip(net.stage_names, widths, ends)}, *labels
 

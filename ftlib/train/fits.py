@@ -27,7 +27,7 @@ from .groups import TrainError
 from .history import EpochLog
 from .progress import say
 from .schedule import (
-    Cosine, FlatCosine, Momentum, OneCycle, as_schedule, group_lrs)
+    Cosine, FlatCosine, Momentum, OneCycle, as_schedule)
 from .step import Stepping
 from .trackers import ReduceLROnPlateau
 from .transaction import hooks_snapshot, kept_random, put_random, random_states, snapshot, whole
@@ -137,7 +137,7 @@ class Fits(Stepping):
         if resume and checkpoint is None: raise TrainError('resume=True goes on with what is kept in a folder: name it with checkpoint=.')
         if reset_opt or self.opt is None: self.create_opt()
         hypers = self.opt.hypers
-        lrs = group_lrs(self.lr if lr is None else lr, len(hypers), factors)
+        lrs = self._group_lrs(self.lr if lr is None else lr, len(hypers), factors)
         # an optimizer without momentum has nothing to cycle
         scheds = {k: f for k, f in scheds.items() if k in hypers[0]}
         scaled = {k: self._scaled(f, lrs if k == 'lr' else 1., n_epoch) for k, f in scheds.items()}

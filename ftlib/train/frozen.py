@@ -19,7 +19,9 @@ from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize
 from fastai.torch_core import unsqueeze
 from fastai.vision.augment import RandTransform
+from fastcore.basics import compose
 from fastcore.foundation import GetAttr
+from fastcore.imports import noop
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
@@ -95,11 +97,14 @@ def _with_stand_ins(names, targets, views):
 def image_names(
     dl,  # A loader over `Datasets`
 ) -> list:
-    "The names of its pictures; '' for files that are gone"
+    "The names of its pictures; '' for files that are gone. Items that tell where a picture is, as the rows of a table, are followed to it by fastai's transforms"
+    inputs, fs = dl.dataset.tls[0], list(dl.dataset.tls[0].tfms.fs)
+    before = fs[:next((i for i, f in enumerate(fs) if getattr(f, 'name', '') == 'PILBase.create'), 0)]
+    follow = compose(*before) if all(map(is_fastai_transform, before)) else noop
     def name(item):
-        try: return picture_name(item)
+        try: return picture_name(follow(item))
         except OSError: return ''
-    return [name(o) for o in dl.dataset.tls[0].items]
+    return [name(inputs._get(i)) for i in range(len(inputs))]
 
 
 def _order(dl):
@@ -153,10 +158,10 @@ def why_pictures(
     "Why a fit must look at pictures, in a few words"
     net = learn.model
     if not isinstance(net, Network) or not net.frozen: return NOTHING_FROZEN
-    hooked = [m for s in net.stages[:net.frozen] for m in s.modules()
+    hooked = [m for s in [[net, net.body, net.head], *(s.modules() for s in net.stages[:net.frozen])] for m in s
               if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
     if hooked: return f'there is a hook on a {type(hooked[0]).__name__} of the frozen part'
-    for cb in [*learn.cbs, *cbs]:
+    for cb in [*learn.cbs, *cbs, *(m for m in learn.metrics if not type(m).__module__.startswith(('fastai.', 'ftlib.')))]:
         if (looks := uses_images(cb)) or looks is None: return f'{type(cb).__name__} {"looks at pictures" if looks else _undeclared(type(cb))}'
     for dl in learn.dls.loaders[:2]:
         data = getattr(dl, 'dataset', None)
@@ -274,12 +279,13 @@ def on_features(
         if why and why != NOTHING_FROZEN: print(f'The frozen part is computed anew in each epoch: {why}.')
         yield 0
         return
-    net, old = learn.model, learn.dls
-    learn.dls = copy.copy(old)
+    net, old = learn.model, (learn.dls, learn.tail)
+    learn.dls = copy.copy(learn.dls)
     learn.dls.loaders = loaders
     try:
-        with net.beginning_at(net.frozen, standing_in[0].views[0].shape): yield net.frozen
-    finally: learn.dls = old
+        learn.tail = net.tail(net.frozen)
+        yield net.frozen
+    finally: learn.dls, learn.tail = old
 
 
 def _loaders(learn, train, valid, views, store):

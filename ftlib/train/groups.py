@@ -6,6 +6,8 @@
 __all__ = ['TrainError', 'FrozenParts', 'stages', 'Grouped']
 
 # %% ../../nbs/32_train.groups.ipynb #03f2f18b
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from fastai.callback.core import Callback
@@ -58,12 +60,17 @@ class Grouped(FastaiLearner):
         if bn != 'auto' and isinstance(model, Network): model.bn = bn
         if default_cbs: self.add_cb(FrozenParts())
 
+    def _group_lrs(self, lr, n, factors=None):
+        "`group_lrs`, where the groups are stages of a list of any length up to theirs: three learning rates, as fastai's networks have, are dealt out"
+        return group_lrs(lr, n, factors, deal=self.splitter is stages)
+
     def create_opt(self):
         "An optimizer over the groups that the splitter gives, one set of hyper-parameters each."
+        if isinstance(self.opt_func, partial) and 'lr' in self.opt_func.keywords: self.lr = self.opt_func.keywords['lr']
         if isinstance(self.opt_func, OptimWrapper): return super().create_opt()
         groups = self.splitter(self.model)
         if not isinstance(groups[0], (list, L)): groups = [groups]
-        lrs = group_lrs(self.lr, len(groups))
+        lrs = self._group_lrs(self.lr, len(groups))
         self.opt = build_optimizer(self.opt_func, groups, self.model, float(lrs[-1]), self.wd_bn_bias)
         self.opt.set_hyper('lr', list(lrs))
         if self.train_bn:

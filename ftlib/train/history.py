@@ -41,10 +41,16 @@ class _MeanLoss(fastai.learner.AvgLoss):
 
 class Recorder(fastai.learner.Recorder):
     "fastai's `Recorder`, which waits for the device once an epoch, not at each step."
-    _stateattrs = *fastai.learner.Recorder._stateattrs, '_brought', '_lying'
+    _stateattrs = *fastai.learner.Recorder._stateattrs, '_brought', '_lying', 'found_lrs'
+    found_lrs = None  # by the last `lr_find`
     def __init__(self, add_time=True, train_metrics=False, valid_metrics=True, beta=0.98):
         super().__init__(add_time, train_metrics, valid_metrics, beta)
         self.loss, self.smooth_loss = _MeanLoss(), _SmoothLoss(beta=beta)
+
+    def plot_lr_find(self, skip_end=5, return_fig=True, suggestions=None, nms=None, **kwargs):
+        "The last sweep of `learn.lr_find` (fastai's arguments choose nothing: the whole curve is drawn, with its points). Gives the figure."
+        if self.found_lrs is None: raise ValueError('there was no sweep yet: learn.lr_find().')
+        return self.found_lrs.plot().figure
 
     @property
     def losses(self):
@@ -71,10 +77,10 @@ class EpochLog(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         self.trained, self.new_fit = False, True
-        loader, start = getattr(self.learn.dls, 'train', None), getattr(self.learn.model, '_begins', None)
+        loader = getattr(self.learn.dls, 'train', None)
         # features that were computed for this fit count for its first epoch
         self.filled = getattr(loader, 'fill_seconds', 0.), getattr(loader, 'fill_bytes', 0)
-        self.cached = start[0] if start else 0
+        self.cached = self.learn.model.frozen if getattr(self.learn, 'tail', None) is not None else 0
 
     def before_train(self):
         if self.new_fit: self.phase, self.new_fit = self.phase + 1, False

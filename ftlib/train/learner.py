@@ -23,7 +23,7 @@ from fastai.learner import join_path_file, save_model
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device, to_cpu, to_device, to_float
-from fastcore.basics import detuplify
+from fastcore.basics import defaults, detuplify
 from fastcore.foundation import L
 from torch import nn
 
@@ -36,7 +36,7 @@ from .fits import FiniteLoss, Fits
 from .groups import FrozenParts, TrainError
 from .history import EpochLog, Recorder, plot_history
 from .lr_find import find_lr
-from .metrics import as_metric
+from .metrics import as_metric, name_apart
 from .precision import Arithmetic, as_arithmetic
 from .progress import Progress, say
 from .transaction import kept_attributes, kept_modes, kept_random, optimizer_state, put_optimizer, put_trained, trained_state, whole
@@ -47,6 +47,7 @@ class CrossEntropy(CrossEntropyLossFlat):
     def _contiguous(self, x): return x.as_subclass(torch.Tensor).transpose(self.axis, -1).contiguous()
 
 
+_OURS = {fastai.learner.Recorder: Recorder, ProgressCallback: Progress}  # in place of fastai's default callbacks
 _KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, FiniteLoss, FrozenParts, fastai.learner.CastToTensor
 
 
@@ -87,15 +88,15 @@ class Learner(Fits):
     ):
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
                          path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms,
-                         default_cbs=default_cbs)
+                         default_cbs=False)
+        self.default_cbs = default_cbs
         self.lock = threading.RLock()
-        if default_cbs:
-            self.remove_cbs([ProgressCallback, fastai.learner.Recorder])
-            self.add_cbs([Recorder, Progress, EpochLog, BestWeights, FiniteLoss])
+        if default_cbs: self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), FrozenParts, EpochLog, BestWeights, FiniteLoss])
         self.add_cbs(cbs)
         self.cache, self.views, self.seed = cache, views, seed
         if compile: self.model.compile(**({} if compile is True else dict(backend=compile)))
         self.precision, self.arithmetic = precision, None if precision == 'auto' else as_arithmetic(precision)
+        self('after_create')
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -104,7 +105,7 @@ class Learner(Fits):
     @property
     def metrics(self): return self._metrics
     @metrics.setter
-    def metrics(self, v): self._metrics = L([v] if hasattr(v, 'compute') else v).map(as_metric)
+    def metrics(self, v): self._metrics = name_apart(L([v] if hasattr(v, 'compute') else v).map(as_metric))
 
     @property
     def loss_func(self): return self._loss_func
@@ -220,7 +221,9 @@ class Learner(Fits):
     ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`; a fit takes it as its learning rate
         "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …, suggested: …` (not within `no_logging`). Nothing of the learner changes."
         with stop_between_batches(), kept_random(*self.dls.loaders), self._seeded(), self._on_features((0,), valid=False):
-            return find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs, ratios, for_epochs)
+            found = find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, None, ratios, for_epochs)
+        if hasattr(self, 'recorder'): self.recorder.found_lrs = found
+        return found if suggest_funcs is None else found.by(suggest_funcs)
 
     @contextmanager
     def no_bar(self):

@@ -39,16 +39,18 @@ class TorchOptimizer(OptimWrapper):
     def hypers(self): return _Hypers(self)
 
     def _hypers_of(self, stage):
-        return {self.fwd_map.get(k, k): v for k, v in _flat(self.opt.param_groups[self.heads[stage]])}
+        return _Hyper(self, stage, {self.fwd_map.get(k, k): v for k, v in _flat(self.opt.param_groups[self.heads[stage]])})
 
     def _set_hyper(self, k, v):
+        "`v` has a value for each stage, or for some by their number"
         key = self.bwd_map.get(k)
         if key is None:
             raise KeyError(f'{type(self.opt).__name__} has no {k!r}; it has {", ".join(sorted(self.hypers[0]))}.')
+        name, _, i = key.partition('__')
         for g in self.opt.param_groups:
-            if g['spared'] and k == 'wd': continue
-            name, _, i = key.partition('__')
-            g[name] = tuple(v[g['stage']] if j == int(i) else o for j, o in enumerate(g[name])) if i else v[g['stage']]
+            if g['spared'] and k == 'wd' or isinstance(v, dict) and g['stage'] not in v: continue
+            new = v[g['stage']]
+            g[name] = tuple(new if j == int(i) else o for j, o in enumerate(g[name])) if i else new
 
     def clear_state(self): self.opt.state.clear()
 
@@ -63,6 +65,22 @@ class TorchOptimizer(OptimWrapper):
         self.follow_layout()
 
 
+class _Hyper(dict):
+    "The hyper-parameters of a stage; what is written here is written to torch's optimizer"
+    def __init__(self, opt, stage, values):
+        super().__init__(values)
+        self._opt, self._stage = opt, stage
+
+    def __setitem__(self, k, v):
+        self._opt._set_hyper(k, {self._stage: v})
+        super().__setitem__(k, v)
+
+    def update(self, *args, **kwargs):
+        for k, v in dict(*args, **kwargs).items(): self[k] = v
+
+    def __reduce__(self): return dict, (dict(self),)  # a copy is of numbers alone
+
+
 class _Hypers(Sequence):
     "Hyper-parameters by stage, looked up when asked for: a step asks several times, mostly how many there are"
     def __init__(self, opt): self.opt = opt
@@ -72,11 +90,11 @@ class _Hypers(Sequence):
 
 
 def _flat(group):
-    "The settings of a torch group; of a pair such as `betas`, one each"
+    "The numbers that a torch group is set by; of a pair such as `betas`, one each"
     for k, v in group.items():
         if k in ('params', 'stage', 'spared'): continue
         if isinstance(v, (tuple, list)): yield from ((f'{k}__{i}', o) for i, o in enumerate(v))
-        else: yield k, v
+        elif v is not None and not isinstance(v, bool): yield k, v
 
 # %% ../../nbs/21_train.optimizer.ipynb #e7948056
 def torch_class(opt_func):  # What the user gave as `opt_func`
@@ -91,6 +109,7 @@ def torch_class(opt_func):  # What the user gave as `opt_func`
 
 def _fused_adam(given, args=()):
     "torch's form of fastai's Adam, or None for one that it has no form for"
+    given = {k: v for k, v in given.items() if k != 'lr'}  # the learner gives that
     has = dict(mom=.9, sqr_mom=.99, eps=1e-5, wd=.01, decouple_wd=True) | given
     if args or len(has) > 5 or not has['decouple_wd']: return None
     return partial(torch.optim.AdamW, betas=(has['mom'], has['sqr_mom']), eps=has['eps'], weight_decay=has['wd'], fused=True)

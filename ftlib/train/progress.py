@@ -35,13 +35,19 @@ class Progress(ProgressCallback):
 
     def before_fit(self):
         self.bars = shows_bars() and not self.hidden
+        self.shown = False  # has the bar begun?
         if self.bars: return super().before_fit()
         self.old_logger = self.learn.logger
         if self.old_logger is noop: return
         self.learn.logger = self._line
         self._line(self.learn.recorder.metric_names)
 
-    def before_epoch(self): self.bars and super().before_epoch()
+    def before_epoch(self):
+        if not self.bars: return
+        if self.learn.epoch and not self.shown: self.mbar.update(0)  # a bar begins at 0, also where the first epochs are left out
+        self.shown = True
+        super().before_epoch()
+
     def before_train(self): self.bars and super().before_train()
     def before_validate(self): self.bars and super().before_validate()
     def after_train(self): self.bars and super().after_train()

@@ -31,6 +31,7 @@ def group_lrs(
     lr,            # A number, `slice(hi)`, `slice(lo, hi)`, one learning rate per group, or what `lr_find` gave
     n:int,         # Number of parameter groups, the head last
     factors=None,  # Factors of `lr`, early stages first, the head's last
+    deal=False,    # Deal a list of fewer learning rates out evenly, the last one to the head
 ) -> np.ndarray:   # `n` learning rates
     "The learning rate of each of `n` parameter groups. Raises `RateError` for rates that are not positive numbers."
     if hasattr(lr, 'suggested'): lr = _suggested(lr)
@@ -42,6 +43,7 @@ def group_lrs(
     else:
         lrs = check_rates(lr, lr)
         if len(lrs) == 1: lrs = np.full(n, lrs[0])
+        if deal and len(lrs) < n: lrs = _spread(lrs, n)
         if len(lrs) != n:
             raise RateError(f"{len(lrs)} learning rates for {n} parameter groups; `learn.groups_table()` lists the groups.")
     return lrs if factors is None else lrs * _spread(check_rates(factors, factors), n)

@@ -16,6 +16,7 @@ from fastai.torch_core import find_bs, to_concat, to_detach, to_float
 
 from ..data.interrupt import check_stop
 from ..models.folded import folded
+from .frozen import FeatureDL
 from .groups import Grouped, TrainError
 from .optimizer import TorchOptimizer
 from .precision import Arithmetic, fastest
@@ -65,6 +66,7 @@ def _act(cb, event_name):
 class Stepping(Grouped):
     "`Grouped` with a step that chooses its arithmetic, and takes a batch in parts of `most` pictures once memory has run out."
     precision, arithmetic, most = 'auto', None, None  # see `Learner`
+    tail = None  # what comes after the frozen part, while batches are its features
     _device = None  # where the network was at the first batch of a pass
     _untried = False  # was the arithmetic chosen for this batch?
     part = slice(None)  # of the batch, that is in the network now
@@ -142,7 +144,7 @@ class Stepping(Grouped):
         "What the network makes of `xb`. Another network of the same name may have chosen the arithmetic: where this one can't compute so, single precision"
         way, untried, self._untried = self.arithmetic or Arithmetic(), self._untried, False
         try:
-            with way.autocast(self._device): pred = (self.model if self._folded is None else self._folded)(*map(way.laid_out, self.xb))
+            with way.autocast(self._device): pred = (self._network() if self._folded is None else self._folded)(*map(way.laid_out, self.xb))
         except RuntimeError as e:
             if not untried or way == Arithmetic() or is_out_of_memory(e): raise
             self.arithmetic = Arithmetic()
@@ -150,12 +152,16 @@ class Stepping(Grouped):
         else: return pred if way.dtype == 'fp32' else to_float(pred)
         return self._forward()
 
+    def _network(self):
+        "What takes a batch of this pass: the network, or what comes after its frozen part where the loader gives features"
+        return self.tail if isinstance(self.dl, FeatureDL) else self.model
+
     def _fold(self):
         "Where there are pictures enough to be worth it and nothing listens to single layers, a folded copy stands in"
         self.folds, x = False, self.xb[0]
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
         if hooked or len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4 or self.n_iter * len(x) < 256 or hasattr(self, 'mixed_precision'): return
-        self._folded = folded(self.model, x[:2].as_subclass(torch.Tensor))
+        self._folded = folded(self._network(), x[:2].as_subclass(torch.Tensor))
         if self.arithmetic is not None: self.arithmetic.place(self._folded)
 
     def _in_parts(self, n):
@@ -194,9 +200,9 @@ class Stepping(Grouped):
 
     def _fastest(self):
         "The arithmetic for what trains now; single precision where there is little to gain, or another callback sees to it"
-        x, net = self.xb[0], self.model
+        x, net = self.xb[0], self._network()
         if len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4: return Arithmetic()
-        head_alone = getattr(net, '_begins', None) is not None and net.frozen == len(net.stages)
+        head_alone = net is self.tail and self.model.frozen == len(self.model.stages)
         if head_alone or hasattr(self, 'mixed_precision'): return Arithmetic()
         way = fastest(net, x[:8].as_subclass(torch.Tensor))
         way.place(net)

@@ -26,6 +26,7 @@ import pandas as pd
 # %% ../../nbs/36_train.trackers.ipynb #06c17e1a
 class Follower(Callback):
     "Base class of callbacks that follow `monitor`: after each epoch, `followed(better)` is told whether it is better than in all fits so far."
+    guesses = False  # does it go by the name of a metric that doesn't declare its direction, as fastai's of the same name?
     restores_best = False  # does it leave the best weights at the end of a fit?
     order, uses_images = 63, False  # after the history, whose rows it reads, and after the schedule
 
@@ -40,8 +41,9 @@ class Follower(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
+        if not hasattr(self.learn, 'epoch_log'): raise TrainError(f"{type(self).__name__} reads the history of ftlib's learner, and this is fastai's: use fastai's callback of that name, or ftlib's `Learner`.")
         # what was best for another network says nothing
-        self.lower, self.trained = lower_is_better(self.learn, self.monitor, self.mode), False
+        self.lower, self.trained = lower_is_better(self.learn, self.monitor, self.mode, self.guesses), False
         if self.follows is not self.learn.model:
             self.best = self.best_at = None
             self.follows = self.learn.model
@@ -76,6 +78,7 @@ _COMP = {np.less: 'min', np.greater: 'max', None: None}  # fastai's way of sayin
 # %% ../../nbs/36_train.trackers.ipynb #dc999e1f
 class ReduceLROnPlateau(Follower):
     "Divides every group's rate by `factor` when `monitor` has not improved for `patience` epochs."
+    guesses = True
     def __init__(self,
         monitor:str='valid_loss',  # A column of `learn.history`: a loss or a metric
         comp=None,                 # `np.less` or `np.greater`, as in fastai; or `mode`
@@ -115,6 +118,7 @@ class ReduceLROnPlateau(Follower):
 # %% ../../nbs/36_train.trackers.ipynb #fda140d5
 class SaveModelCallback(Follower):
     "Keeps the best weights in `learn.path/models/{fname}.pth`, and loads them when a fit is over."
+    guesses = True
     def __init__(self,
         monitor:str='valid_loss',  # A column of `learn.history`: a loss or a metric
         comp=None,                 # `np.less` or `np.greater`, as in fastai; or `mode`
