@@ -129,7 +129,7 @@ def classify(self:Learner,
     one = isinstance(items, (str, Path)) or not hasattr(items, '__len__') or hasattr(items, 'getpixel') or len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
     if one: items = [items]
     if threshold is None: threshold = self.calibration.threshold if self.calibration else 0.
-    with self.no_bar(), self.no_logging(): probs = self.get_preds(dl=self.dls.test_dl(items))[0]
+    with self.no_bar(), self.no_logging(): probs = self.get_preds(dl=self.dls.test_dl(items), act=self.probabilities_of)[0]
     check_probabilities(self.loss_func, probs)
     probs = to_np(probs)
     vocab = np.array([str(c) for c in self.dls.vocab], object)

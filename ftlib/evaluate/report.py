@@ -190,7 +190,7 @@ def evaluate(self:Learner,
     "Predict once; figures with intervals, classes, confusions, mistakes, calibration. Raises `EvaluateError`."
     dl, title = batches_of(self, on)
     with self.no_bar(), self.no_logging():
-        probs, targets = self.get_preds(**(dict(ds_idx=1) if dl is None else dict(dl=dl)))
+        probs, targets = self.get_preds(act=self.probabilities_of, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))
         items = getattr((self.dls.valid if dl is None else dl).dataset, 'items', None)
         if tta: probs = _augmented(self, dl, probs, tta)
     vocab = getattr(self.dls, 'vocab', None)
@@ -226,7 +226,7 @@ def _augmented(learn, dl, plain, n):
 def _views(learn, dl, n):
     "Probabilities of `n` augmented views of the images of a loader, each drawn anew"
     with dl.dataset.set_split_idx(0):
-        for i in range(n): yield learn.get_preds(dl=dl.new(seed=dl.seed + i + 1) if isinstance(dl, PictureDL) else dl)[0]
+        for i in range(n): yield learn.get_preds(dl=dl.new(seed=dl.seed + i + 1) if isinstance(dl, PictureDL) else dl, act=learn.probabilities_of)[0]
 
 
 @patch
@@ -244,7 +244,7 @@ def tta(self:Learner,
     if item_tfms is not None or batch_tfms is not None: dl = dl.new(after_item=item_tfms, after_batch=batch_tfms)
     with self.no_bar(), self.no_logging():
         views = torch.stack([*_views(self, dl, n)])
-        with dl.dataset.set_split_idx(1): plain, targets = self.get_preds(dl=dl)
+        with dl.dataset.set_split_idx(1): plain, targets = self.get_preds(dl=dl, act=self.probabilities_of)
     views = views.max(0)[0] if use_max else views.mean(0)
     if use_max: return torch.maximum(plain, views), targets
     return ((views, plain) if beta is None else torch.lerp(views, plain, beta)), targets

@@ -90,7 +90,7 @@ class CrossValidation:
         total, learners = 0, self._trained()
         for learn in learners:
             dl = items if hasattr(items, 'one_batch') else learn.dls.test_dl(items)
-            with learn.no_bar(), learn.no_logging(): total = total + to_np(learn.get_preds(dl=dl)[0])
+            with learn.no_bar(), learn.no_logging(): total = total + to_np(learn.get_preds(dl=dl, act=learn.probabilities_of)[0])
         return total / len(learners)
 
     def _trained(self):

@@ -35,7 +35,7 @@ def judge(
 ) -> Judgement|None:  # None where the loss has no value for each image
     "Predict the validation set once."
     with learn.no_bar(), learn.no_logging():
-        try: probs, targets, loss = learn.get_preds(ds_idx=1, with_loss=True)
+        try: probs, targets, loss = learn.get_preds(ds_idx=1, with_loss=True, act=learn.probabilities_of)
         except TypeError: return None  # a loss function without `reduction`
     if loss.ndim != 1 or len(loss) != len(targets): return None
     broken = loss.isnan() & probs.reshape(len(probs), -1).isnan().all(1)

@@ -25,6 +25,7 @@ from fastai.optimizer import Adam
 from fastai.torch_core import default_device, to_cpu, to_device, to_float
 from fastcore.basics import defaults, detuplify
 from fastcore.foundation import L
+from fastcore.imports import noop
 from torch import nn
 
 from ..data.cache import written
@@ -44,6 +45,7 @@ from .transaction import kept_attributes, kept_modes, kept_random, optimizer_sta
 # %% ../../nbs/38_train.learner.ipynb #13119dda
 class CrossEntropy(CrossEntropyLossFlat):
     "fastai's, on plain tensors: its own ask Python at every operation what becomes of their type"
+    of_torch = False  # was torch's given, of which fastai gives scores as predictions?
     def _contiguous(self, x): return x.as_subclass(torch.Tensor).transpose(self.axis, -1).contiguous()
 
 
@@ -54,7 +56,9 @@ _KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, Fi
 def _cross_entropy(loss):
     "torch's or fastai's cross-entropy as a `CrossEntropy`, which knows how predictions are made of its inputs, and can be mixed up"
     if type(loss) is nn.CrossEntropyLoss:
-        return CrossEntropy(weight=loss.weight, ignore_index=loss.ignore_index, reduction=loss.reduction, label_smoothing=loss.label_smoothing)
+        plain = CrossEntropy(weight=loss.weight, ignore_index=loss.ignore_index, reduction=loss.reduction, label_smoothing=loss.label_smoothing)
+        plain.of_torch = True
+        return plain
     if type(loss) is not CrossEntropyLossFlat: return loss
     plain = copy.copy(loss)
     plain.__class__ = CrossEntropy
@@ -110,7 +114,7 @@ class Learner(Fits):
     @property
     def loss_func(self): return self._loss_func
     @loss_func.setter
-    def loss_func(self, v): self._loss_func = _cross_entropy(v)
+    def loss_func(self, v): self._loss_func, self._has_activation = _cross_entropy(v), hasattr(v, 'activation') and not getattr(v, 'of_torch', False)
 
     @contextmanager
     def loss_not_reduced(self):
@@ -126,20 +130,22 @@ class Learner(Fits):
         with self._looking(ds_idx, dl, cbs): return super().validate(ds_idx, dl, cbs)
 
     def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, *args, **kwargs):
-        "fastai's `get_preds`; probabilities of any loss by `ftlib.train.activation`. History and recorder stay as they are."
+        "fastai's `get_preds`: probabilities for a loss with an `activation`, else what the network gives. Decoded are the classes of any loss that `ftlib.train.activation` knows. History and recorder stay as they are."
         pictures = () if with_input else dl  # where inputs are wanted they are to be pictures
         with self._looking(ds_idx, pictures, kwargs.get('cbs')):
             self.folds = self.model._compiled_call_impl is None
-            found = super().get_preds(ds_idx, dl, with_input, False, with_loss, self._probabilities if act is None else act, *args, **kwargs)
+            of_loss = self._has_activation or self.rescale is not None
+            found = super().get_preds(ds_idx, dl, with_input, False, with_loss, self.probabilities_of if act is None and of_loss else act or noop, *args, **kwargs)
             preds = found[with_input]
             broken = broken_mask(self.dls[ds_idx] if dl is None else dl)
             if broken is not None and preds is not None and len(preds) == len(broken):  # no prediction, in place of that of a stand-in
                 for o in (preds, *(found[-1:] if with_loss else ())):
                     if torch.is_tensor(o) and o.is_floating_point(): o[broken] = float('nan')
             if not with_decoded or preds is None: return found
-            return (*found[:with_input + 2], self._classes(preds), *found[with_input + 2:])
+            classes = self._classes(preds if of_loss or act is not None else self.probabilities_of(preds))
+            return (*found[:with_input + 2], classes, *found[with_input + 2:])
 
-    def _probabilities(self, out):
+    def probabilities_of(self, out):
         "Of the network's outputs, by the loss"
         return probabilities(self.loss_func, out if self.rescale is None else self.rescale(out), self._loss_device())
 
@@ -158,7 +164,7 @@ class Learner(Fits):
         with kept_modes(self.model), way.autocast(device):
             self.model.eval()
             out = self.model(*(way.laid_out(o.as_subclass(torch.Tensor)) for o in inputs))
-        probs = self._probabilities(to_float(out)).cpu()
+        probs = self.probabilities_of(to_float(out)).cpu()
         number = self._classes(probs)
         decoded = self.dls.decode_batch((*to_cpu(inputs), number))[0]
         found = detuplify(decoded[len(inputs):]), number[0], probs[0]
