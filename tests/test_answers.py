@@ -87,7 +87,8 @@ def test_classes_and_probabilities_of_any_cross_entropy(dls, name, later):
     learn = tiny(dls, loss_func=None if later else loss)
     if later: learn.loss_func = loss
     item, scores = dls.valid.items[0], learn.get_preds(act=lambda x: x)[0]
-    probs, _, decoded = learn.get_preds(with_decoded=True)
+    decoded, probs = learn.get_preds(with_decoded=True)[2], learn.get_preds(act=learn.probabilities_of)[0]
+    assert torch.equal(learn.get_preds()[0], scores) != hasattr(loss, "activation"), "as fastai gives them"
     assert torch.allclose(probs, scores.softmax(1), atol=1e-6) and torch.equal(decoded, scores.argmax(1))
     name, number, p = learn.predict(item)
     assert name == dls.vocab[scores[0].argmax()] and number == scores[0].argmax() and torch.allclose(p, probs[0], atol=1e-5)
@@ -192,7 +193,7 @@ def test_metrics_that_are_no_mean_are_of_the_whole_set(dls):
     metrics = {"whole": Share()} | CLASSES | PROBABLY
     learn = tiny(dls, metrics=[*metrics.values()])
     quiet(learn, lambda: learn.fit(1, 1e-2))
-    probs, y = learn.get_preds()
+    probs, y = learn.get_preds(act=learn.probabilities_of)
     wanted = [CLASSES["f1"](y, probs.argmax(1)), *(f(y, probs.argmax(1)) for f in CLASSES.values()), *(f(y, probs) for f in PROBABLY.values())]
     columns = [c for c in learn.history if c not in ("phase", "epoch", "train_loss", "valid_loss", "lr", "seconds", "frozen", "cached", "fill_seconds", "fill_bytes")]
     assert columns == ["Share", "f1_score(average='macro')", "cohen_kappa_score", "balanced_accuracy_score", "matthews_corrcoef", "recall_score(average='macro')", "log_loss",
@@ -205,7 +206,7 @@ def test_metrics_of_torchmetrics(dls):
     torchmetrics = pytest.importorskip("torchmetrics")
     learn = tiny(dls, metrics=[torchmetrics.F1Score("multiclass", num_classes=3, average="macro"), torchmetrics.AUROC("multiclass", num_classes=3)])
     quiet(learn, lambda: learn.fit(1, 1e-2))
-    probs, y = learn.get_preds()
+    probs, y = learn.get_preds(act=learn.probabilities_of)
     assert learn.history.MulticlassF1Score.iloc[0] == pytest.approx(CLASSES["f1"](y, probs.argmax(1)))
     assert learn.history.MulticlassAUROC.iloc[0] == pytest.approx(sk.roc_auc_score(y, probs, multi_class="ovr"))
     with pytest.raises(MetricError, match="one by one"): tiny(dls, metrics=torchmetrics.MetricCollection([torchmetrics.Accuracy("multiclass", num_classes=3)]))

@@ -40,7 +40,7 @@ class NamedMetric(MeanMetric):
     alone = False
     @property
     def name(self):
-        if self.alone: return self.func.func.__name__
+        if getattr(self, 'alone', False): return self.func.func.__name__
         given = [*map(repr, self.func.args), *(f'{k}={v!r}' for k, v in self.func.keywords.items())]
         return f'{self.func.func.__name__}({", ".join(given)})'
 
