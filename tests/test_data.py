@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.transforms import Normalize
+from fastai.vision.augment import aug_transforms
 from fastai.vision.core import TensorImage
 from PIL import Image
 
@@ -342,3 +344,20 @@ def test_audits_of_real_sets(shared):
     exact = cars[cars["detail"].str.startswith("same pixels")]
     assert (exact["problem"] == "different labels").all() and len(exact) == 3, "cars that are in two classes, one in train and one in valid"
     assert not len(audit(shared / "ants_bees"))
+
+
+@pytest.mark.parametrize("where", [lambda n: [n], lambda n: [*aug_transforms(size=16), n], lambda n: [n, *aug_transforms(size=16)]])
+def test_normalize_among_the_augmentations_is_for_all_splits(folder, where):
+    normalize = Normalize.from_stats([.5] * 3, [.25] * 3)
+    dls = image_data(folder, size=16, num_workers=0, augment=where(normalize), valid=.3, test=.2)
+    plain = image_data(folder, size=16, num_workers=0, augment=[], valid=.3, test=.2)
+    items = [o.source for o in dls.valid.items]
+    for a, b in ((dls.valid, plain.valid), (dls.test_dl(items), plain.test_dl(items)), (dls.held_out(), plain.held_out())):
+        assert torch.allclose(a.one_batch()[0], (b.one_batch()[0] - .5) / .25, atol=1e-5)
+    assert dls.train.one_batch()[0].min() < -.5
+
+
+def test_no_shared_memory_without_workers(folder, monkeypatch):
+    def full(self): raise RuntimeError("unable to allocate shared memory")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    for x, _ in image_data(folder, size=16, num_workers=0).valid: assert len(x)

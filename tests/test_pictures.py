@@ -102,3 +102,14 @@ def test_good_files_are_not_read_whole(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not len(bad_files([tmp_path / n for n in os.listdir(tmp_path)]))
+
+
+def test_too_many_pixels_for_their_format(tmp_path, monkeypatch):
+    monkeypatch.setattr("ftlib.data.pictures.MOST_PIXELS", 2000)
+    monkeypatch.setattr("ftlib.data.pictures._LARGE", 100)
+    for side, name, fine in ((30, "a.png", True), (40, "b.png", False), (40, "c.jpg", True), (50, "d.jpg", False)):
+        Image.new("RGB", (side, side), "red").save(tmp_path / name)
+        assert (check_file(tmp_path / name) is None) == fine
+        if fine: assert open_picture(tmp_path / name, 10).size >= (10, 10)
+        else:
+            with pytest.raises(PictureError, match="pixels are more than"): open_picture(tmp_path / name)

@@ -112,3 +112,13 @@ def test_measuring_leaves_statistics_gradients_and_random_numbers():
     measure(net, x)
     assert all((v == before[k]).all() for k, v in net.state_dict().items()) and (torch.get_rng_state() == state).all()
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9, *(f'{{"KEY": {v}}}' for v in ("5", "[]", '["fp64", true]', '["fp32"]', '["fp32", 1]', "null", '[["fp32"], true]'))])
+def test_a_damaged_list_of_choices_is_ignored(tmp_path, monkeypatch, text):
+    from ftlib.train.precision import _remembered
+    monkeypatch.setenv("FTLIB_CACHE", str(tmp_path))
+    (tmp_path / "precision.json").write_text(text)
+    assert _remembered()[1] == {}
+    (tmp_path / "precision.json").write_text('{"a": ["bf16", true], "b": 3}')
+    assert _remembered()[1] == {"a": ["bf16", True]}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
-from fastai.data.transforms import Categorize, IntToFloatTensor, ToTensor
+from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device, tensor
 from fastai.vision.augment import RandomErasing, RandomResizedCrop
@@ -257,5 +257,5 @@ def _loaders(table, vocab, size, seed, bs, augment, balance, num_workers, device
         made.append(PictureDL(
             Datasets(tls=lists), bs=min(bs, len(parts[0])), shuffle=i == 0, drop_last=i == 0, seed=seed + i,
             num_workers=num_workers, weights=weights if i == 0 else None, device=device, decoded=decoded,
-            after_item=views, after_batch=[IntToFloatTensor(), *(batch if i == 0 else [])]))
+            after_item=views, after_batch=[IntToFloatTensor(), *(f for f in batch if i == 0 or isinstance(f, Normalize))]))
     return ImageData(*made, path=path, device=device)

@@ -125,8 +125,8 @@ class PictureDL(TfmdDL):
 
     def __init__(self, dataset=None, bs=64, shuffle=False, num_workers=0, seed=42, weights=None, failed=None, decoded=None, **kwargs):
         self.seed, self.weights, self.decoded = seed, weights, decoded
-        # Shared memory, so that a worker's mark is seen here.
-        self.failed = torch.zeros(len(dataset), dtype=torch.bool).share_memory_() if failed is None else failed
+        self.failed = torch.zeros(len(dataset), dtype=torch.bool) if failed is None else failed
+        if num_workers and not self.failed.is_shared(): self.failed.share_memory_()  # so that a worker's mark is seen here
         with seeded(seed): super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
         self.rng = random.Random(seed)
 

@@ -134,8 +134,10 @@ def machine() -> str:
 def _remembered():
     "The file, and what it says"
     path = cache_folder() / 'precision.json'
-    try: return path, json.loads(path.read_text())
+    try: found = json.loads(path.read_bytes())
     except (OSError, ValueError): return path, {}
+    def is_choice(v): return isinstance(v, list) and len(v) == 2 and isinstance(v[0], str) and v[0] in DTYPES and isinstance(v[1], bool)
+    return path, {k: v for k, v in found.items() if is_choice(v)} if isinstance(found, dict) else {}
 
 
 def fastest(
