@@ -231,6 +231,8 @@ def main(
     argv:list[str]|None=None,  # The command line, else the process's own
 ) -> int:                      # 0: well; 1: problems found, or the run failed; 2: bad input
     "Runs one command"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")  # a console that has no character for a name shows a question mark
     args = build_parser().parse_args(argv)
     if args.debug: return args.run(args) or 0
     with warnings.catch_warnings():

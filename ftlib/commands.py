@@ -41,6 +41,12 @@ def _place(file):
     file.parent.mkdir(parents=True, exist_ok=True)
 
 
+def _csv(table, path):
+    "Writes a table where `--csv` says"
+    from ftlib.data.tables import write_csv
+    write_csv(table, path)
+
+
 def _report(run, out):
     "The tables of a run on the screen, everything in files"
     print("\nby class (validation pictures)\n" + _classes(run.report))
@@ -89,9 +95,10 @@ def lr_find(args):
     args.out.mkdir(parents=True, exist_ok=True)
     learn = _learner(args.folder, args.arch, args.weights, _data(args))
     from ftlib.recipe import save_picture
+    from ftlib.data.tables import write_csv
     if args.unfrozen: learn.unfreeze()
     found = learn.lr_find(show_plot=False)
-    found.curve.to_csv(args.out / "lr_find.csv", index=False)
+    write_csv(found.curve, args.out / "lr_find.csv")
     save_picture(found.plot, args.out / "lr_find.png")
     if found.clear: print(f"suggested for the network as it is: {found.suggested:.2e}")
     print(f"written to {args.out}: lr_find.csv, lr_find.png")
@@ -112,6 +119,7 @@ def evaluate(args):
 def predict(args):
     "Classes of new images"
     _place(args.csv)
+    from ftlib.data.tables import write_csv
     from ftlib.deploy.bundle import load_bundle
     from ftlib.deploy.predict import sort_into_folders
     table = load_bundle(args.model).predict_images(args.source, top=args.top, bs=args.bs, threshold=args.threshold, progress=sys.stderr.isatty())
@@ -119,7 +127,7 @@ def predict(args):
     counts = table["class"].mask(table["unsure"], "(unsure)").mask(unread, "(cannot be read)").value_counts()
     print(counts.rename_axis("class").rename("images").to_string())
     for path, error in table.loc[unread, ["path", "error"]].head(5).itertuples(index=False): print(f"{path}: {error}", file=sys.stderr)
-    if args.csv: table.to_csv(args.csv, index=False)
+    if args.csv: write_csv(table, args.csv)
     if args.copy_to: sort_into_folders(table, args.copy_to)
     written = [str(p) for p in (args.csv, args.copy_to) if p]
     print(f"\n{len(table) - unread.sum():,} images" + (f"; written to {' and '.join(written)}" if written else ""))
@@ -141,6 +149,7 @@ def compare(args):
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLBACKEND", "agg")
     from ftlib.data.images import image_data
+    from ftlib.data.tables import write_csv
     from ftlib.experiment import compare as room
     from ftlib.experiment.recipes import probes, recipes
     from ftlib.recipe import save_picture
@@ -149,8 +158,8 @@ def compare(args):
     ways = probes(dls, args.probe, args.epochs) if args.probe else recipes(dls, **_arch(args), epochs=args.epochs, names=args.recipes)
     found = room.compare(ways, args.seeds, args.out / "runs", budget=args.budget)
     print(f"\n{found}\n\n{found.differences.round(4).to_string(index=False)}")
-    found.table.to_csv(args.out / "table.csv", index_label="way")
-    found.differences.to_csv(args.out / "differences.csv", index=False)
+    write_csv(found.table, args.out / "table.csv", index=True, index_label="way")
+    write_csv(found.differences, args.out / "differences.csv")
     save_picture(found.plot, args.out / "accuracy.png")
     save_picture(found.plot_curves, args.out / "curves.png")
     print(f"written to {args.out}: table.csv, differences.csv, accuracy.png, curves.png, runs")
@@ -160,13 +169,14 @@ def cv(args):
     "Cross-validation"
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLBACKEND", "agg")
+    from ftlib.data.tables import write_csv
     from ftlib.experiment.crossval import cross_validate
     from ftlib.experiment.recipes import trainer
     found = cross_validate(trainer(args.recipe, epochs=args.epochs, **_arch(args)), args.folder, args.k, seed=args.seed, folder=args.out / "runs", keep=False,
                            size=args.size, bs=args.bs)
     print(f"\n{found}\n\n{found.report}")
-    found.out_of_fold.to_csv(args.out / "out_of_fold.csv", index=False)
-    found.folds.to_csv(args.out / "folds.csv", index=False)
+    write_csv(found.out_of_fold, args.out / "out_of_fold.csv")
+    write_csv(found.folds, args.out / "folds.csv")
     files = found.report.save(args.out, title=f"{args.folder}: every picture predicted by a network that has not seen it")
     print(f"written to {args.out}: out_of_fold.csv, folds.csv, {', '.join(p.name for p in files)}, runs")
 
@@ -176,7 +186,7 @@ def audit(args):
     _place(args.csv)
     from ftlib.data import audit as room
     found = room.audit(args.folder, deep=not args.quick)
-    if args.csv: found.to_csv(args.csv, index=False)
+    if args.csv: _csv(found, args.csv)
     if not len(found): return print("no problems found")
     print(found["problem"].value_counts().to_string(), end="\n\n")
     print(found.head(20).dropna(axis=1, how="all").fillna("").to_string(index=False))
@@ -189,7 +199,7 @@ def models(args):
     _place(args.csv)
     from ftlib.models.backbone import backbones
     found = backbones(args.pattern)
-    if args.csv: found.to_csv(args.csv, index=False)
+    if args.csv: _csv(found, args.csv)
     print(found.to_string(index=False) if len(found) else f"no model matches {args.pattern!r}")
     return 0 if len(found) else 1
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .data.sources import read_source
+from .data.tables import write_csv
 from .deploy.bundle import save_bundle
 from .evaluate.report import Report
 from .train.fine_tune import fine_tune
@@ -53,7 +54,7 @@ class Run:
         save_weights(self.learn, out / "weights.safetensors")  # first: nothing else is as dear
         tables = {"summary": self.summary, "history": self.learn.history}
         if (split := split_of(self.learn.dls)) is not None: tables["split"] = split
-        steps = {f"{name}.csv": partial(table.to_csv, out / f"{name}.csv", index=False) for name, table in tables.items()}
+        steps = {f"{name}.csv": partial(write_csv, table, out / f"{name}.csv") for name, table in tables.items()}
         steps["report.html"] = partial(self.report.save, out, title="Validation set")
         plots = {f"lr_find_{name.replace(' ', '_')}": found.plot for name, found in self.curves.items() if len(found.curve)}
         plots |= {"history": self.learn.plot_history, "per_class": self.report.plot_per_class}

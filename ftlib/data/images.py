@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
-from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
+from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor, get_image_files
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device, tensor
 from fastai.vision.augment import RandomErasing, RandomResizedCrop
@@ -122,7 +122,9 @@ class ImageData(DataLoaders):
 
     def test_dl(self, test_items, rm_type_tfms=None, with_labels=False, **kwargs):
         "A loader of pictures to predict: paths, arrays, PIL pictures; with labels, anything that `image_data` reads"
+        if not with_labels and isinstance(test_items, (str, Path)): test_items = get_image_files(test_items) if Path(test_items).is_dir() else [test_items]
         items = _items(test_items, self.vocab, with_labels)
+        if not items: raise DataError("there is nothing to predict: no images were given.")
         return super().test_dl(items, with_labels=with_labels, **kwargs)
 
     def new_empty(self):

@@ -30,7 +30,7 @@ _active = []  # The guard that has the signal, or nothing
 
 def check_stop():
     "Raise `TrainingStopped` if Ctrl-C was pressed since `stop_between_batches` began."
-    if not _active or not _active[0].requested: return
+    if not _active or not _active[0].requested or threading.current_thread() is not threading.main_thread(): return  # another thread leaves it to the one that was meant
     _active[0].requested = False
     raise TrainingStopped("stopped by Ctrl-C")
 

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/57_evaluate.gradcam.ipynb #692ae1a8
+from pathlib import Path
+
 import numpy as np
 import torch
 from fastai.torch_core import to_device, to_np
@@ -54,6 +56,8 @@ def grad_cam(self:Learner,
     try: from captum.attr import LayerAttribution, LayerGradCam
     except ImportError as e: raise EvaluateError("Grad-CAM is computed by captum: pip install 'ftlib[explain]'") from e
     if not isinstance(self.model, Network): raise EvaluateError(f'grad_cam is for a Network, as `vision_learner` makes it, not a {type(self.model).__name__}.')
+    if isinstance(items, (str, Path)) or hasattr(items, 'getpixel'): items = [items]
+    if not len(items): raise EvaluateError('grad_cam of no images: give one or more.')
     dl = items if hasattr(items, 'one_batch') else self.dls.test_dl(items, bs=max(1, len(items)))
     body, last, tail = _cut(self.model, at)
     device = next(self.model.parameters()).device

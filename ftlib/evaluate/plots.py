@@ -31,8 +31,10 @@ def plot_per_class(
     table = per_class.dropna(subset='recall').sort_values('recall').head(most)[::-1]
     ax = _axes(ax, 6, .7 + .28 * len(table))
     names = [f'{c} ({n})' for c, n in zip(table['class'], table['pictures'])]
-    ax.barh(names, table['recall'], color=_BLUE, alpha=.85, height=.7)
-    ax.hlines(names, table['recall low'], table['recall high'], color=_GREY, lw=1.5)
+    at = range(len(names))
+    ax.barh(at, table['recall'], color=_BLUE, alpha=.85, height=.7)
+    ax.set_yticks(at, names, parse_math=False)
+    ax.hlines(at, table['recall low'], table['recall high'], color=_GREY, lw=1.5)
     for y, r in enumerate(table['recall']): ax.text(.01, y, f'{r:.2f}', va='center', color='white', fontsize='small')
     left = '' if len(table) == len(per_class) else f', the worst {len(table)} of {len(per_class)} classes'
     ax.set(xlim=(0, 1), ylim=(-.6, len(table) - .4), xlabel=f'share recognised{left}')
@@ -58,8 +60,8 @@ def plot_confusion(
     top = 1 if share else max(shown.max(), 1)
     for i, j in zip(*np.nonzero(confusion.to_numpy())):
         ax.text(j, i, confusion.iat[i, j], ha='center', va='center', fontsize='small', color='white' if shown[i, j] > .6 * top else 'black')
-    ax.set_xticks(range(m), confusion.columns, rotation=45, ha='right', rotation_mode='anchor')
-    ax.set_yticks(range(n), confusion.index)
+    ax.set_xticks(range(m), confusion.columns, rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
+    ax.set_yticks(range(n), confusion.index, parse_math=False)
     left = '' if n == whole else f' ({n} of {whole} classes: those with the most confusions)'
     ax.set(xlabel=(confusion.columns.name or '') + left, ylabel=confusion.index.name or '')
     return ax
@@ -106,5 +108,5 @@ def plot_pictures(
     for ax in axs.flat: ax.axis('off')
     for ax, picture, caption in zip(axs.flat, pictures, captions):
         ax.imshow(picture)
-        ax.set_title(caption, fontsize=8)
+        ax.set_title(caption, fontsize=8, parse_math=False)  # a $ in a name is a $
     return fig

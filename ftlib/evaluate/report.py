@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.load import DataLoader
+from fastai.learner import _ConstantFunc
 from fastai.torch_core import to_np
 from fastcore.basics import patch
 from PIL import Image
@@ -20,6 +21,7 @@ from PIL import Image
 from ..data.images import ImageData
 from ..data.loader import PictureDL, broken_mask
 from ..data.pictures import PictureError, open_picture
+from ..data.tables import write_csv
 from .intervals import EvaluateError
 from .multilabel import MultiLabel
 from .page import page
@@ -42,6 +44,7 @@ class Report:
         title:str='',          # What was evaluated
         broken=None,           # A mask of pictures that could not be opened: they are left out of all figures and counted in `left_out`
     ):
+        if isinstance(confidence, bool) or not 0 < confidence < 1: raise EvaluateError(f'confidence={confidence!r}: give a share between 0 and 1, as .95.')
         targets = np.asarray(targets)
         self.places = np.arange(len(targets)) if broken is None else np.flatnonzero(~np.asarray(broken))  # In the set, of the pictures that count
         self.left_out = len(targets) - len(self.places)
@@ -176,7 +179,7 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tables = dict(figures=self.table, per_class=self.per_class, confusion=self.confusion, errors=self.errors, calibration=self.calibration)
-        for name, table in tables.items(): table.to_csv(folder/f'{name}.csv', index=name in ('figures', 'confusion'))
+        for name, table in tables.items(): write_csv(table, folder/f'{name}.csv', index=name in ('figures', 'confusion'))
         return [*(folder/f'{name}.csv' for name in tables), self.to_html(folder/'report.html', **kwargs)]
 
 # %% ../../nbs/55_evaluate.report.ipynb #a73b3101
@@ -192,6 +195,7 @@ def evaluate(self:Learner,
     with self.no_bar(), self.no_logging():
         probs, targets = self.get_preds(act=self.probabilities_of, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))
         items = getattr((self.dls.valid if dl is None else dl).dataset, 'items', None)
+        if items is not None and len(items) != len(probs): items = None
         if tta: probs = _augmented(self, dl, probs, tta)
     vocab = getattr(self.dls, 'vocab', None)
     check_probabilities(self.loss_func, probs)
@@ -212,14 +216,14 @@ def batches_of(
     if isinstance(on, str) and on == 'test':
         if not hasattr(learn.dls, 'held_out'): raise EvaluateError("'test' is for data by image_data(..., test=.1): give a loader instead.")
         return learn.dls.held_out(), 'test'
-    if isinstance(on, DataLoader) or hasattr(on, 'one_batch'): return on, ''
+    if isinstance(on, (DataLoader, torch.utils.data.DataLoader)) or hasattr(on, 'one_batch'): return on, ''
     return learn.dls.test_dl(on, with_labels=True), str(on) if isinstance(on, (str, Path)) else ''
 
 
 def _augmented(learn, dl, plain, n):
     "The mean of the plain probabilities and those of `n` augmented views"
     dl, train = learn.dls.valid if dl is None else dl, learn.dls.train
-    views = train.new(dl.dataset, shuffle=False, drop_last=False, get_idxs=lambda: list(range(len(dl.dataset))))
+    views = train.new(dl.dataset, shuffle=False, drop_last=False, get_idxs=_ConstantFunc(list(range(len(dl.dataset)))))
     return (plain + sum(_views(learn, views, n))) / (n + 1)
 
 

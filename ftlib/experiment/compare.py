@@ -14,7 +14,7 @@ import pandas as pd
 from ..evaluate.intervals import mean_interval
 from ..evaluate.report import Report
 from .paired import CompareError, holm, paired
-from .runs import Runs, do_run, report_of, right_of
+from .runs import Runs, as_seeds, do_run, report_of, right_of
 
 # %% ../../nbs/62_experiment.compare.ipynb #29911bee
 class Comparison:
@@ -81,7 +81,7 @@ class Comparison:
             ax.plot(np.median(seconds), points.mean(), 'D', color=f'C{i % 10}', ms=8, label=name)
         ax.set(xscale='log', xlabel='seconds', ylabel='accuracy')
         for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter): axis(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '125' else '')
-        ax.legend(fontsize='small')
+        for text in ax.legend(fontsize='small').get_texts(): text.set_parse_math(False)
         return ax
 
     def plot_curves(self, column='valid_loss', ax=None):
@@ -98,7 +98,7 @@ class Comparison:
             ax.plot(at, curves.mean(0), color=f'C{i % 10}', marker='.', label=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel='epoch', ylabel=column)
-        ax.legend(fontsize='small')
+        for text in ax.legend(fontsize='small').get_texts(): text.set_parse_math(False)
         return ax
 
     def _shown(self):
@@ -119,9 +119,9 @@ def compare(
     say=print,                # Called with a line for each run
 ) -> Comparison:
     "Train each way with each seed, and judge all by the same pictures. Raises `CompareError`."
-    if not ways: raise CompareError('nothing to compare: give {name: function of a seed that gives a trained learner}.')
+    if not isinstance(ways, dict) or not ways: raise CompareError('nothing to compare: give {name: function of a seed that gives a trained learner}.')
     if odd := next((k for k, f in ways.items() if not callable(f) or hasattr(f, 'dls')), None): raise CompareError(f'{odd!r} is a {type(ways[odd]).__name__}: give a function of a seed that gives a trained learner.')
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    seeds, ways = as_seeds(seeds), {str(k): f for k, f in ways.items()}
     runs, start, done = Runs(folder), time.perf_counter(), {name: [] for name in ways}
     todo = [(seed, name) for seed in seeds for name in ways]  # every way has had a seed before any has two
     for i, (seed, name) in enumerate(todo):

@@ -15,7 +15,7 @@ from ..data.sources import read_source
 from ..data.splits import split_table
 from .compare import Comparison
 from .paired import CompareError
-from .runs import Runs, do_run, right_of
+from .runs import Runs, as_seeds, do_run, right_of
 
 # %% ../../nbs/65_experiment.few_labels.ipynb #19765bc2
 def few_of_each(
@@ -67,7 +67,7 @@ class LabelCurve:
         ax.set_xticks(self.labels, map(str, self.labels))
         ax.minorticks_off()
         ax.set(xlabel='labels of each class', ylabel='accuracy')
-        ax.legend(fontsize='small')
+        for text in ax.legend(fontsize='small').get_texts(): text.set_parse_math(False)
         return ax
 
     def __repr__(self): return self.table.round(4).to_string()
@@ -90,7 +90,7 @@ def label_curve(
     "Train each way on so many labels of each class, and judge all by the same pictures. Raises `CompareError`."
     if odd := next((k for k, f in ways.items() if not callable(f)), None): raise CompareError(f'{odd!r} is a {type(ways[odd]).__name__}: give a function of data and seed that gives a trained learner.')
     table = split_table(read_source(source, root=root, path=path, label=label, split=split), valid, test, seed)
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    seeds = as_seeds(seeds)
     runs, done, labels = Runs(folder), {}, sorted(labels)
     few_of_each(table, labels[-1])  # too many are refused before anything trains
     todo = [(s, n) for s in seeds for n in labels]

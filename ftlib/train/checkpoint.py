@@ -28,6 +28,7 @@ from .identity import identity
 from .metrics import checked_mode, lower_is_better
 from .packed import DamagedError, PackError, read_packed, write_packed
 from .precision import Arithmetic
+from .progress import write_line
 from .transaction import put_random, put_trained, random_states, trained_state
 
 # %% ../../nbs/35_train.checkpoint.ipynb #af6cf8cd
@@ -196,7 +197,7 @@ class Checkpoint:
         "In place of a fit that is over already"
         put_moment(learn, state)
         learn.fits_kept[self.place] = self.fit
-        print(f'Fit {self.fit} in {self.folder} is over already: its weights and its history are back.')
+        write_line(f'Fit {self.fit} in {self.folder} is over already: its weights and its history are back.')
 
     def save(self, learn, epoch, step=0, start=None, end=False):
         "Keeps what there is now: after so many epochs and steps of the next, whose pass began with the random states `start`"
@@ -218,7 +219,7 @@ class Checkpoint:
     def _judge(self, learn, stem):
         "Is it the best so far?"
         rows = learn.epoch_log.rows[self.before:]
-        if not rows or self.monitor not in rows[-1]: return  # there was no validation
+        if not rows or rows[-1].get(self.monitor) is None: return  # there was no validation
         value, sign = float(rows[-1][self.monitor]), 1 if self.lower else -1
         if self.best is None or sign * value < sign * self.best[0]: self.best = value, stem
 

@@ -89,6 +89,8 @@ class Fits(Stepping):
     def fit_sgdr(self, n_cycles, cycle_len, lr_max=None, cycle_mult=2, cbs=None, reset_opt=False, wd=None, start_epoch=0,
                  checkpoint=None, resume=False):
         "Fit by cosine cycles with restarts, each `cycle_mult` times as long (Loshchilov & Hutter 2017)."
+        for name, n in (('n_cycles', n_cycles), ('cycle_len', cycle_len), ('cycle_mult', cycle_mult)):
+            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1: raise TrainError(f'{name}={n!r}: give a whole number, 1 or more.')
         ends = np.cumsum([cycle_len * cycle_mult ** i for i in range(n_cycles)])
         def restarts(epoch, n_epoch):
             i = min(int(np.searchsorted(ends, epoch + 1e-6, side='right')), n_cycles - 1)
@@ -134,6 +136,7 @@ class Fits(Stepping):
             raise TrainError(f'n_epoch is a whole number of epochs, got {n_epoch!r}.')
         if not len(self.dls.train):
             raise TrainError(f'no batch to train on: {self.dls.train.n} training pictures in batches of {self.dls.train.bs}; lower bs.')
+        if isinstance(checkpoint, str) and not checkpoint.strip(): raise TrainError(f'checkpoint={checkpoint!r} names no folder.')
         if resume and checkpoint is None: raise TrainError('resume=True goes on with what is kept in a folder: name it with checkpoint=.')
         if reset_opt or self.opt is None: self.create_opt()
         hypers = self.opt.hypers

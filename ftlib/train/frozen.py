@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+from fastai.learner import _ConstantFunc
 from fastai.callback.mixup import MixUp
 from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize
@@ -230,7 +231,7 @@ def outputs_of(
     found = store.features(key)
     lacking = found.missing(names)
     if lacking:
-        todo = dl.new(shuffle=False, drop_last=False, get_idxs=lambda: lacking, n=len(lacking), bs=min(dl.bs, len(lacking)))
+        todo = dl.new(shuffle=False, drop_last=False, get_idxs=_ConstantFunc(lacking), n=len(lacking), bs=min(dl.bs, len(lacking)))
         with seeded(*seed):
             todo.rng = random.Random(random.getrandbits(64))
             _fill(net, progress_bar(todo, leave=False) if bar else todo, [names[i] for i in lacking], found, precision, store, dtype, lambda: broken_mask(todo, lacking))

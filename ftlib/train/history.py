@@ -145,7 +145,7 @@ def plot_history(
     if 'valid_loss' in epochs: axs[0].plot(ends, epochs.valid_loss, 'o-', ms=3, color='C1', label='valid')
     axs[0].set_ylim(top=1.2 * max(smooth.quantile(.98), epochs.get('valid_loss', smooth).max())); axs[0].legend()
     for m in metrics: axs[1].plot(ends, epochs[m], 'o-', ms=3, label=m)
-    if metrics: axs[1].legend()
+    for text in axs[1].legend().get_texts() if metrics else (): text.set_parse_math(False)
     axs[-1].plot(at, steps.lr, color='C2'); axs[-1].set_yscale('log')
     names = ['loss', *(['metrics'] if metrics else []), 'learning rate (head)']
     borders = [e for e, p, q in zip(ends, epochs.phase, epochs.phase[1:]) if p != q]

@@ -40,7 +40,7 @@ from .lr_find import find_lr
 from .metrics import as_metric, name_apart
 from .precision import Arithmetic, as_arithmetic
 from .progress import Progress, say
-from .transaction import kept_attributes, kept_modes, kept_random, optimizer_state, put_optimizer, put_trained, trained_state, whole
+from .transaction import kept_attributes, kept_callbacks, kept_modes, kept_random, optimizer_state, put_optimizer, put_trained, trained_state, whole
 
 # %% ../../nbs/38_train.learner.ipynb #13119dda
 class CrossEntropy(CrossEntropyLossFlat):
@@ -50,6 +50,7 @@ class CrossEntropy(CrossEntropyLossFlat):
 
 
 _OURS = {fastai.learner.Recorder: Recorder, ProgressCallback: Progress}  # in place of fastai's default callbacks
+_NEEDS = '{} needs loaders of fastai, and the training set is a {}: build the data by `image_data`, or wrap its datasets by `DataLoaders.from_dsets(train, valid, bs=64)`.'
 _KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, FiniteLoss, FrozenParts, fastai.learner.CastToTensor
 
 
@@ -68,6 +69,24 @@ def _cross_entropy(loss):
 def _hypers(state):
     "What the groups of an optimizer are set by"
     return [sorted(g) for g in state.get('hypers') or state['param_groups']]
+
+
+class _Turns:
+    "Lets one thread after another at a learner; while one trains it, others are refused"
+    def __init__(self): self.lock, self.trains = threading.RLock(), 0
+
+    @contextmanager
+    def turn(self, trains=False):
+        while not self.lock.acquire(timeout=.02 if self.trains else .2):
+            if self.trains: raise TrainError('this learner is training in another thread: ask it when the fit is over, or ask a copy that was made before (`copy.deepcopy(learn)`).')
+        self.trains += trains
+        try: yield
+        finally:
+            self.trains -= trains
+            self.lock.release()
+
+    def __enter__(self): return self.lock.__enter__()
+    def __exit__(self, *error): return self.lock.__exit__(*error)
 
 
 class Learner(Fits):
@@ -94,7 +113,7 @@ class Learner(Fits):
                          path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms,
                          default_cbs=False)
         self.default_cbs = default_cbs
-        self.lock = threading.RLock()
+        self.lock = _Turns()
         if default_cbs: self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), FrozenParts, EpochLog, BestWeights, FiniteLoss])
         self.add_cbs(cbs)
         self.cache, self.views, self.seed = cache, views, seed
@@ -104,7 +123,7 @@ class Learner(Fits):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.lock = threading.RLock()  # a callback that looks while it is being looked would wait for itself
+        self.lock = _Turns()
 
     @property
     def metrics(self): return self._metrics
@@ -131,6 +150,8 @@ class Learner(Fits):
 
     def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, *args, **kwargs):
         "fastai's `get_preds`: probabilities for a loss with an `activation`, else what the network gives. Decoded are the classes of any loss that `ftlib.train.activation` knows. History and recorder stay as they are."
+        if dl is None: dl = self._own_loader(ds_idx)
+        if dl is not None and not len(dl): raise TrainError('there is nothing to predict: the loader has no images.')
         pictures = () if with_input else dl  # where inputs are wanted they are to be pictures
         with self._looking(ds_idx, pictures, kwargs.get('cbs')):
             self.folds = self.model._compiled_call_impl is None
@@ -145,6 +166,13 @@ class Learner(Fits):
             classes = self._classes(preds if of_loss or act is not None else self.probabilities_of(preds))
             return (*found[:with_input + 2], classes, *found[with_input + 2:])
 
+    def _own_loader(self, ds_idx):
+        "The loader of a split where it is not one of fastai's; None where it is. Raises `TrainError` where it is empty."
+        own = self.dls.loaders[ds_idx] if -len(self.dls.loaders) <= ds_idx < len(self.dls.loaders) else ()
+        if not len(own) and not getattr(own, 'n', 0):
+            raise TrainError(f'get_preds(ds_idx={ds_idx}): there are no {"validation " if ds_idx == 1 else ""}images. Build the data with valid=.2, or give others: get_preds(dl=learn.dls.test_dl(images)).')
+        return None if hasattr(own, 'new') else own
+
     def probabilities_of(self, out):
         "Of the network's outputs, by the loss"
         return probabilities(self.loss_func, out if self.rescale is None else self.rescale(out), self._loss_device())
@@ -156,6 +184,9 @@ class Learner(Fits):
     def predict(self, item, rm_type_tfms=None, with_input=False):
         "fastai's `predict`: class, its number, probabilities. One forward pass, without the events of an epoch, where callbacks keep records only."
         if not all(type(cb) in _KEEP_RECORDS for cb in self.cbs): return super().predict(item, rm_type_tfms, with_input)
+        with self.lock.turn(): return self._predict(item, rm_type_tfms, with_input)
+
+    def _predict(self, item, rm_type_tfms, with_input):
         dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
         dl.before_iter()  # tells its transforms that these are no training pictures
         device, way = next(self.model.parameters()).device, self.arithmetic or Arithmetic()
@@ -174,13 +205,15 @@ class Learner(Fits):
         "fastai's `save`, whole or not at all: weights, and the optimizer unless `with_opt=False`, in `path/model_dir/{file}.pth`."
         file = join_path_file(file, self.path/self.model_dir, ext='.pth')
         if not isinstance(file, Path): return super().save(file, **kwargs)
-        with written(file) as f: save_model(f, self.model, self.opt, **kwargs)
+        with self.lock.turn(), written(file) as f: save_model(f, self.model, self.opt, **kwargs)
         return file
 
     def load(self, file, device=None, with_opt=True, strict=True, **kwargs):
         "fastai's `load`, whole or not at all. The optimizer's state is left out, with a warning, where it is of another optimizer."
-        if hasattr(self, 'best_weights'): self.best_weights.forget()  # other weights, another training
-        return self.load_weights(file, device, with_opt, strict, **kwargs)
+        with self.lock.turn():
+            self.load_weights(file, device, with_opt, strict, **kwargs)
+            if hasattr(self, 'best_weights'): self.best_weights.forget()  # other weights, another training
+        return self
 
     def load_weights(self, file, device=None, with_opt=True, strict=True, **kwargs):
         "As `load`, within a training that goes on: `learn.best_weights` still counts"
@@ -198,20 +231,22 @@ class Learner(Fits):
 
     def export(self, fname='export.pkl', **kwargs):
         "fastai's `export`, whole or not at all; the learner stays as it is."
-        with kept_attributes(self), written(self.path.absolute()/fname) as f: super().export(f.name, **kwargs)
+        if not hasattr(self.dls, 'new_empty') or not all(hasattr(dl, 'new') for dl in self.dls.loaders): raise TrainError(_NEEDS.format('export', type(self.dls.train).__name__))
+        with self.lock.turn(), kept_attributes(self), written(self.path.absolute()/fname) as f: super().export(f.name, **kwargs)
 
     def _fit(self, n_epoch, lr, scheds, wd, cbs, *args, **kwargs):
         check_mixing(self, [*self.cbs, *L(cbs)])
-        super()._fit(n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
+        with self.lock.turn(trains=True), torch.enable_grad(), kept_callbacks(self): super()._fit(n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
 
     def summary(self):
         "fastai's table of layers; history, recorder and the order of the batches stay as they are."
-        with kept_attributes(*whole(self)), kept_modes(self.model), kept_random(*self.dls.loaders): return super().summary()
+        if not hasattr(self.dls.train, 'one_batch'): raise TrainError(_NEEDS.format('summary', type(self.dls.train).__name__))
+        with self.lock.turn(), kept_attributes(*whole(self)), kept_modes(self.model), kept_random(*self.dls.loaders): return super().summary()
 
     @contextmanager
     def _looking(self, ds_idx, dl, cbs):
         "Within, nothing leaves a trace; a loader of the learner's gives features where it can"
-        with stop_between_batches(), kept_attributes(*whole(self)), kept_modes(self.model):
+        with self.lock.turn(), stop_between_batches(), kept_callbacks(self), kept_attributes(*whole(self)), kept_modes(self.model):
             self._course = 0, None, None  # a look in the midst of a fit keeps nothing
             with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else nullcontext(): yield
 
@@ -226,7 +261,7 @@ class Learner(Fits):
         for_epochs:int=None,  # Epochs of the fit that the answer is for: the sweep then takes at most an eighth of its time
     ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`; a fit takes it as its learning rate
         "Sweep the learning rate in a mock training; prints `Minimum/10: …, steepest point: …, suggested: …` (not within `no_logging`). Nothing of the learner changes."
-        with stop_between_batches(), kept_random(*self.dls.loaders), self._seeded(), self._on_features((0,), valid=False):
+        with self.lock.turn(trains=True), torch.enable_grad(), stop_between_batches(), kept_callbacks(self), kept_random(*self.dls.loaders), self._seeded(), self._on_features((0,), valid=False):
             found = find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, None, ratios, for_epochs)
         if hasattr(self, 'recorder'): self.recorder.found_lrs = found
         return found if suggest_funcs is None else found.by(suggest_funcs)

@@ -23,7 +23,7 @@ from torch import nn
 
 from .lr_curve import CurveError, LRCurve
 from .optimizer import torch_class
-from .progress import say
+from .progress import close_unseen, say
 from .schedule import RateError, check_rates, group_lrs
 from .transaction import untouched
 
@@ -212,7 +212,9 @@ def find_lr(
     finally:
         if fresh: learn.opt = None
     say(learn, found.reading.verdict)
-    if show_plot: found.plot()
+    if show_plot:
+        found.plot()
+        close_unseen()
     return found if suggest_funcs is None else found.by(suggest_funcs)
 
 
@@ -225,6 +227,7 @@ def _found(learn, start_lr, end_lr, num_it, stop_div, ratios, for_epochs):
     if not lo < hi: raise RateError(f'start_lr must be below end_lr, got {lo:g} and {hi:g}.')
     steps, enough = num_it or (40 if short else 100), _affordable(learn, for_epochs)
     if num_it is None and enough is not None: steps = min(steps, enough) if usual else max(20, min(steps, enough))
+    if num_it is not None and not isinstance(num_it, (int, np.integer)): raise RateError(f'num_it={num_it!r}: give a whole number of steps.')
     if steps < 1: raise RateError(f'num_it={num_it!r}: give a whole number of steps, 50 or more for a curve that can be read.')
     if steps < 10: reading = NoSweep(steps if num_it is not None else for_epochs * len(learn.dls.train), usual, num_it is not None)
     else: reading = sweep(learn, np.geomspace(lo, hi, steps), ratios, stop_div)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MetricError', 'MeanMetric', 'NamedMetric', 'WholeMetric', 'SklearnMetric', 'as_metric', 'name_apart', 'TopK', 'top_k',
-           'higher_is_better', 'checked_mode', 'lower_is_better']
+           'higher_is_better', 'checked_mode', 'check_validated', 'lower_is_better']
 
 # %% ../../nbs/27_train.metrics.ipynb #70ba4226
 from collections.abc import Hashable
@@ -200,6 +200,17 @@ def checked_mode(mode):
     "'min', 'max' or None. Raises `MetricError` on anything else."
     if mode in (None, 'min', 'max'): return mode
     raise MetricError(f"mode={mode!r}: 'min', 'max', or None where the metric declares it.")
+
+
+def check_validated(
+    learn,         # A learner whose fit begins
+    monitor:str,   # A column of its history
+    who:str,       # That follows it
+):
+    "Raises `MetricError` where only validation would give the column, and there are no validation images."
+    loaders = learn.dls.loaders
+    if monitor == 'train_loss' or len(loaders) > 1 and len(loaders[1]): return
+    raise MetricError(f"{who} follows {monitor!r}, and there are no validation images to measure it on: build the data with valid=.2, or follow monitor='train_loss'.")
 
 
 def lower_is_better(

@@ -57,6 +57,7 @@ def _suggested(found):
 
 def check_rates(rates, given) -> np.ndarray:
     "`rates` as an array of finite numbers above zero, or a `RateError` that shows what was `given`."
+    if any(isinstance(o, (bool, np.bool_, str)) for o in rates): raise RateError(f"a learning rate is a number, a slice or a list of numbers, not {given!r}.")
     try: rates = np.array([float(o) for o in rates])
     except (TypeError, ValueError) as e:
         raise RateError(f"a learning rate is a number, a slice or a list of numbers, not {given!r}.") from e
@@ -117,6 +118,10 @@ class OneCycle:
     pct_start: float = .25
     div: float = 25.
     div_final: float = 1e5
+    def __post_init__(self):
+        for k in ('div', 'div_final'):
+            if isinstance(v := getattr(self, k), bool) or not isinstance(v, (int, float, np.number)) or not v > 0: raise RateError(f'{k}={v!r} divides the learning rate, so it must be above 0.')
+
     def __call__(self, epoch, n_epoch):
         return _two_cos(epoch / n_epoch, self.pct_start, 1. / self.div, 1., 1. / self.div_final)
 
@@ -135,6 +140,10 @@ class Momentum:
     "Momentum's way through a one-cycle: high, low at the peak rate, high. Gives values, not multipliers."
     pct_start: float = .25
     moms: tuple = (.95, .85, .95)
+    def __post_init__(self):
+        if not isinstance(self.moms, (tuple, list)) or len(self.moms) != 3 or not all(isinstance(m, (int, float)) and 0 <= m < 1 for m in self.moms):
+            raise RateError(f'moms={self.moms!r}: give three momenta from 0 to below 1, at the start, the peak and the end, as (.95, .85, .95).')
+
     def __call__(self, epoch, n_epoch): return _two_cos(epoch / n_epoch, self.pct_start, *self.moms)
 
 

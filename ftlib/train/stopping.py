@@ -31,7 +31,7 @@ class EarlyStopping(Follower):
         cooldown:int=0,            # Epochs from the best weights, with a rate that comes down to nothing, in place of a dead stop
     ):
         super().__init__(monitor, min_delta, mode)
-        if patience < 1: raise TrainError(f'patience={patience!r} epochs: 1 or more.')
+        if not isinstance(patience, (int, np.integer)) or patience < 1: raise TrainError(f'patience={patience!r} epochs: 1 or more.')
         self.patience, self.restore_best, self.restores_best, self.cooldown = patience, restore_best, restore_best, cooldown
         self.stopped_at = None
 

@@ -13,8 +13,9 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import join_path_file
 
 from ..data.cache import written
+from ..data.tables import write_csv
 from .groups import TrainError
-from .metrics import checked_mode, lower_is_better
+from .metrics import check_validated, checked_mode, lower_is_better
 from .progress import say
 
 # %% ../../nbs/36_train.trackers.ipynb #373e661c
@@ -42,6 +43,7 @@ class Follower(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
         if not hasattr(self.learn, 'epoch_log'): raise TrainError(f"{type(self).__name__} reads the history of ftlib's learner, and this is fastai's: use fastai's callback of that name, or ftlib's `Learner`.")
+        check_validated(self.learn, self.monitor, type(self).__name__)
         # what was best for another network says nothing
         self.lower, self.trained = lower_is_better(self.learn, self.monitor, self.mode, self.guesses), False
         if self.follows is not self.learn.model:
@@ -90,7 +92,7 @@ class ReduceLROnPlateau(Follower):
         mode:str|None=None,        # 'min' or 'max', for a metric that doesn't declare which is better
     ):
         super().__init__(monitor, min_delta, mode or _COMP.get(comp, comp))
-        if patience < 1: raise TrainError(f'patience={patience!r} epochs: 1 or more.')
+        if not isinstance(patience, (int, np.integer)) or patience < 1: raise TrainError(f'patience={patience!r} epochs: 1 or more.')
         if factor <= 1: raise TrainError(f'factor={factor!r} divides the rate, so it must be above 1.')
         self.patience, self.factor, self.min_lr, self.reset_on_fit = patience, factor, min_lr, reset_on_fit
 
@@ -194,5 +196,5 @@ class CSVLogger(Callback):
         path = self.learn.path/self.fname
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with written(path) as f: f.write(pd.DataFrame([*self.above, *self.learn.epoch_log.rows]).to_csv(index=False).encode())
+            write_csv(pd.DataFrame([*self.above, *self.learn.epoch_log.rows]), path)
         except OSError as e: warnings.warn(f'{path} could not be written ({e}): training goes on.')
