@@ -120,6 +120,7 @@ def usual_lr(
 class LRSweep(Callback):
     "Grows the rate from step to step and records the loss, beside the loss of the starting weights on the same batch."
     order, run_valid, uses_images = 200, False, False
+    hook = None  # on the last frozen stage
     name = 'lr_finder'  # the name by which fastai's callbacks know that this is no real training
 
     def __init__(self,
