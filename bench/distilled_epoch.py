@@ -22,7 +22,7 @@ WAYS = {"head, plain": (True, True, False), "head, distilled": (True, True, True
 
 class Clock(Callback):
     "Seconds of each epoch's training"
-    order, pictures, run_valid = 99, False, False
+    order, uses_images, run_valid = 99, False, False
     def before_fit(self): self.seconds = []
     def before_train(self): self.start = time.perf_counter()
     def after_train(self): self.seconds.append(time.perf_counter() - self.start)

@@ -1,7 +1,7 @@
-"""How time and memory grow with the number of pictures, of classes and of epochs: two epochs of the head of a frozen network.
+"""How time and memory grow with the number of images, of classes and of epochs: two epochs of the head of a frozen network.
 
-The pictures of a set are repeated under other names until there are enough, so each is read, decoded and computed as a picture of its own.
-Every point is a process of its own, whose largest resident memory is noted. `--out` gets the table, and a picture of the same name.
+The images of a set are repeated under other names until there are enough, so each is read, decoded and computed as an image of its own.
+Every point is a process of its own, whose largest resident memory is noted. `--out` gets the table, and a plot of the same name.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from pathlib import Path
 import matplotlib
 from results import Results, arguments
 
-POINTS = [*(dict(pictures=n) for n in (500, 2_000, 10_000, 30_000, 100_000)), *(dict(classes=n) for n in (50, 500)), *(dict(epochs=n) for n in (8, 32))]
-USUAL = dict(pictures=2_000, classes=5, epochs=2)
+POINTS = [*(dict(images=n) for n in (500, 2_000, 10_000, 30_000, 100_000)), *(dict(classes=n) for n in (50, 500)), *(dict(epochs=n) for n in (8, 32))]
+USUAL = dict(images=2_000, classes=5, epochs=2)
 
 
-def repeated(source, folder, pictures, classes):
+def repeated(source, folder, images, classes):
     "A folder of so many links to the files of `source`, in so many classes"
     files = sorted(p for p in source.rglob("*") if p.is_file())
-    for i, file in enumerate(islice(cycle(files), pictures)):
+    for i, file in enumerate(islice(cycle(files), images)):
         link = folder / f"{i % classes:04}" / f"{i:06}{file.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file.resolve())
 
 
-def one(args, pictures, classes, epochs):
+def one(args, images, classes, epochs):
     "Seconds of each part, and the most memory, in MB"
     import torch
 
@@ -39,7 +39,7 @@ def one(args, pictures, classes, epochs):
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FTLIB_CACHE"] = f"{folder}/cache"
-        repeated(args.data / args.sets[0], Path(folder, "set"), pictures, classes)
+        repeated(args.data / args.sets[0], Path(folder, "set"), images, classes)
         times = [time.perf_counter()]
         dls = image_data(Path(folder, "set"), size=args.size, bs=args.bs)
         times.append(time.perf_counter())
@@ -52,7 +52,7 @@ def one(args, pictures, classes, epochs):
 
 
 def figure(table):
-    "Seconds and memory by pictures, classes, epochs"
+    "Seconds and memory by images, classes, epochs"
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharey="row")
     for column, name in zip(axs.T, USUAL):
@@ -60,7 +60,7 @@ def figure(table):
         rows = table[(table[others] == [USUAL[k] for k in others]).all(axis=1)].sort_values(name)
         for part in ("data", "fill", "epoch", "all"): column[0].plot(rows[name], rows[part], "o-", ms=3, label=part)
         column[1].plot(rows[name], rows.peak_mb, "o-", ms=3, label="peak")
-        column[1].plot(rows[name], rows.before_mb, "o--", ms=3, label="before any picture")
+        column[1].plot(rows[name], rows.before_mb, "o--", ms=3, label="before any image")
         column[0].set(xscale="log", yscale="log", ylabel="seconds")
         column[1].set(xscale="log", xlabel=name, ylabel="MB", ylim=(0, None))
         for ax in column:
@@ -72,7 +72,7 @@ def figure(table):
 
 def main():
     parser = arguments(__doc__, "growth.csv", ["flowers5"], [0], size=48, bs=64)
-    parser.add_argument("--points", type=json.loads, default=POINTS, help="list of {pictures|classes|epochs: number}")
+    parser.add_argument("--points", type=json.loads, default=POINTS, help="list of {images|classes|epochs: number}")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one: return print(json.dumps(one(args, **args.one)))

@@ -1,7 +1,7 @@
 """Ten epochs of the head alone, everything included, from the folder to the last figure: ftlib beside plain fastai.
 
-Both at the same rate, one-cycle, same size and batches; fastai with its defaults (norms of the frozen body learn on, pictures are decoded and
-the body is run in each epoch), ftlib with its own (pictures decoded once, features computed once for each of `views` views). The ways alternate.
+Both at the same rate, one-cycle, same size and batches; fastai with its defaults (norms of the frozen body learn on, images are decoded and
+the body is run in each epoch), ftlib with its own (images decoded once, features computed once for each of `views` views). The ways alternate.
 `fastai still` is fastai with `train_bn=False`, the cheaper of its two ways. Nothing is kept from run to run.
 """
 
@@ -53,7 +53,7 @@ def main():
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=3e-3, help="rate of the head")
-    parser.add_argument("--views", nargs="+", type=int, default=[2], help="views of a picture that ftlib keeps")
+    parser.add_argument("--views", nargs="+", type=int, default=[2], help="views of an image that ftlib keeps")
     args = parser.parse_args()
     os.environ["FTLIB_CACHE"] = tempfile.mkdtemp()
     results = Results(args.out, "set", "seed", "way", "views")

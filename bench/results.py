@@ -16,8 +16,8 @@ def arguments(doc, out, sets, seeds, size=128, bs=32):
     parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "resnet18-f37072fd.pth", help="a file for resnet18")
     parser.add_argument("--sets", nargs="+", default=sets)
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
-    parser.add_argument("--size", type=int, default=size, help="pixels a side")
-    parser.add_argument("--bs", type=int, default=bs, help="pictures in a batch")
+    parser.add_argument("--size", type=int, default=size, help="pixels per side")
+    parser.add_argument("--bs", type=int, default=bs, help="images in a batch")
     parser.add_argument("--out", type=Path, default=Path("runs") / out, help="the table; what it holds already is not run again")
     warnings.simplefilter("ignore")
     return parser

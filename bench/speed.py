@@ -1,7 +1,7 @@
 """How long things take beside plain fastai and beside PyTorch by hand: the same work in turn in one process, medians.
 
-Every row is a pair of callables over the same pictures, network, size and batches; a round runs each once, and the ratio of
-the medians is what counts. `--rows` picks some; those against Lightning want it installed (`ftlib[bench]`). Kept pictures and features go to a temporary folder.
+Every row is a pair of callables over the same images, network, size and batches; a round runs each once, and the ratio of
+the medians is what counts. `--rows` picks some; those against Lightning want it installed (`ftlib[bench]`). Kept images and features go to a temporary folder.
 """
 
 import copy
@@ -107,12 +107,12 @@ def unfrozen_by_hand(args):
     ours.unfreeze()
     ours.dls.train.decoded.ready()
     steps(ours, 1)  # chooses its arithmetic
-    net, way = copy.deepcopy(ours.model), ours.arithmetic
+    net, way = copy.deepcopy(ours.model), ours.precision_policy
     opt = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     def loop():
         net.train()
         for i, (x, y) in enumerate(ours.dls.train):
-            with way.autocast(x.device): out = net(way.laid_out(x.as_subclass(torch.Tensor)))
+            with way.autocast(x.device): out = net(way.to_layout(x.as_subclass(torch.Tensor)))
             nn.functional.cross_entropy(out.float(), y.as_subclass(torch.Tensor)).backward()
             opt.step()
             opt.zero_grad()
@@ -192,7 +192,7 @@ def predictions(learn):
     with silent(learn): learn.get_preds()
 
 
-@row("fastai's get_preds on the validation pictures", "≥ 4")
+@row("fastai's get_preds on the validation images", "≥ 4")
 def get_preds(args):
     theirs, ours = both(args)
     ours.unfreeze()  # frozen, it would read kept features
@@ -200,7 +200,7 @@ def get_preds(args):
     return partial(predictions, theirs), partial(predictions, ours)
 
 
-def one_picture(learn, path):
+def one_image(learn, path):
     with silent(learn): learn.predict(path)
 
 
@@ -208,16 +208,16 @@ def one_picture(learn, path):
 def predict(args):
     theirs, ours = both(args)
     path = ours.dls.valid_ds.tls[0].items[0].source
-    return partial(one_picture, theirs, path), partial(one_picture, ours, path)
+    return partial(one_image, theirs, path), partial(one_image, ours, path)
 
 
-@row("the bare forward of one picture", "≥ .67")
+@row("the bare forward of one image", "≥ .67")
 def predict_by_hand(args):
     ours = both(args)[1]
     x, path = ours.dls.valid.one_batch()[0][:1].as_subclass(torch.Tensor), ours.dls.valid_ds.tls[0].items[0].source
     def bare():
         with torch.no_grad(): ours.model.eval()(x)
-    return bare, partial(one_picture, ours, path)
+    return bare, partial(one_image, ours, path)
 
 
 @row("fastai's Adam, resnet50's parameters", "≥ 3")

@@ -7,18 +7,18 @@ from pathlib import Path
 from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES = ROOT / "docs" / "pictures"
+IMAGES = ROOT / "docs" / "images"
 
 
 def shown(output, name):
-    "One output as Markdown; a picture is written beside the docs and pointed at"
+    "One output as Markdown; an image is written beside the docs and pointed at"
     data = output.get("data", {})
     text = {k: "".join(v) if isinstance(v, list) else v for k, v in data.items()}
     if output.output_type == "stream": return fenced("".join(output.text)) if output.name == "stdout" else ""
     if "image/png" in text:
-        PICTURES.mkdir(exist_ok=True)
-        (PICTURES / f"{name}.png").write_bytes(base64.b64decode(text["image/png"]))
-        return f"![{name}](docs/pictures/{name}.png)"
+        IMAGES.mkdir(exist_ok=True)
+        (IMAGES / f"{name}.png").write_bytes(base64.b64decode(text["image/png"]))
+        return f"![{name}](docs/images/{name}.png)"
     if is_progress(text.get("text/html", "x")): return ""
     if "text/markdown" in text: return text["text/markdown"]
     return fenced(text.get("text/plain", ""))
@@ -45,7 +45,7 @@ def as_markdown(cell, number):
 
 def main():
     nb = read_nb(ROOT / "nbs" / "index.ipynb")
-    for old in PICTURES.glob("index-*.png"): old.unlink()
+    for old in IMAGES.glob("index-*.png"): old.unlink()
     parts = [as_markdown(c, i) for i, c in enumerate(nb.cells)]
     (ROOT / "README.md").write_text("\n\n".join(p.strip() for p in parts if p.strip()) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ Names are loaded when the first of them is asked for, so that `ftlib --help` and
 
 __version__ = "0.1.0"
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,9 @@ if TYPE_CHECKING: from fastai.vision.all import *  # noqa: F403
 # What users write, by room, in the order of the way through; ours win over fastai's.
 _ROOMS = {
     "data.interrupt": "TrainingStopped",
-    "data.pictures": "DataError",
+    "data.decode": "DataError",
     "data.sources": "read_source",
-    "data.splits": "skew",
+    "data.splits": "make_imbalanced",
     "data.images": "image_data ImageData",
     "data.audit": "audit",
     "models.network": "Network",
@@ -31,12 +32,12 @@ _ROOMS = {
     "train.best": "BestWeights",
     "train.metrics": "MetricError top_k",
     "train.frozen": "MixFeatures",
-    "train.precision": "Arithmetic PrecisionError",
+    "train.precision": "PrecisionPolicy PrecisionError",
     "train.groups": "TrainError",
     "train.checkpoint": "Checkpoint CheckpointError checkpoints load_checkpoint",
     "train.trackers": "ReduceLROnPlateau SaveModelCallback CSVLogger",
     "train.learner": "Learner load_learner",
-    "train.stopping": "EarlyStopping StopOnNaN",
+    "train.stopping": "EarlyStopping RecoverFromNaN",
     "train.fine_tune": "RunFailed",
     "train.average": "EMA",
     "train.vision": "vision_learner unet_learner",
@@ -54,14 +55,36 @@ _ROOMS = {
     "deploy.predict": "predict_images predictor DeployError",
     "deploy.bundle": "save_bundle load_bundle",
     "deploy.onnx": "write_onnx",
-    "experiment.paired": "CompareError paired",
-    "experiment.runs": "Runs",
+    "experiment.paired": "CompareError paired_test",
+    "experiment.runs": "RunStore",
     "experiment.compare": "compare Comparison",
     "experiment.recipes": "RECIPES recipes probes distillation trainer",
     "experiment.crossval": "cross_validate CrossValidation",
-    "experiment.few_labels": "label_curve LabelCurve",
-    "recipe": "fine_tune_run Run RunError",
+    "experiment.few_labels": "label_efficiency_curve LabelEfficiencyCurve",
+    "recipe": "fine_tune_run FineTuneResult RunError",
 }
+
+
+# Names of before, which are still given, with a warning
+_RENAMED = {
+    "skew": "make_imbalanced",
+    "Arithmetic": "PrecisionPolicy",
+    "StopOnNaN": "RecoverFromNaN",
+    "Run": "FineTuneResult",
+    "Runs": "RunStore",
+    "paired": "paired_test",
+    "label_curve": "label_efficiency_curve",
+    "LabelCurve": "LabelEfficiencyCurve",
+}
+
+
+def renamed_method(old, new):
+    "The method `new` by its name of before"
+    def method(self, *args, **kwargs):
+        warnings.warn(f"`{old}` is called `{new}` now", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)(*args, **kwargs)
+    method.__name__, method.__doc__ = old, f"Deprecated: `{new}`"
+    return method
 
 
 def _public(module):
@@ -80,7 +103,10 @@ def _load():
 
 
 def __getattr__(name):
-    "Called for a name that is not here yet: loads them all, once"
+    "Called for a name that is not here yet: loads them all, once. A name of before gives what it is called now, with a warning"
+    if name in _RENAMED:
+        warnings.warn(f"`{name}` is called `{_RENAMED[name]}` now", DeprecationWarning, stacklevel=2)
+        return globals().get(_RENAMED[name]) or __getattr__(_RENAMED[name])
     if "__all__" in globals() or (name.startswith("__") and name != "__all__"):
         raise AttributeError(f"module 'ftlib' has no attribute {name!r}")
     _load()

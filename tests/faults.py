@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_checkpoint import each_two_steps, learner, pictures, train
+from test_checkpoint import each_two_steps, learner, images, train
 
 from ftlib.train.checkpoint import Checkpoint
 
-SETTINGS = {"features kept": {}, "pictures each time": dict(cache=False), "features, each two steps": dict(how=each_two_steps),
-            "pictures, each two steps": dict(cache=False, how=each_two_steps)}
+SETTINGS = {"features kept": {}, "images each time": dict(cache=False), "features, each two steps": dict(how=each_two_steps),
+            "images, each two steps": dict(cache=False, how=each_two_steps)}
 
 
 def digest(state):
@@ -65,7 +65,7 @@ def main():
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         os.environ["FTLIB_CACHE"] = str(root / "cache")
-        folder = pictures(root / "set")
+        folder = images(root / "set")
         wanted, lasts = {}, {}
         for name, setting in SETTINGS.items():
             start, told = time.monotonic(), root / "whole"

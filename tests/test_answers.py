@@ -23,7 +23,7 @@ import ftlib.evaluate.calibrate  # noqa: F401  gives a learner `calibrate`, `cla
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
 from ftlib.models.network import Body, Network
-from ftlib.train.callback_state import remember, remembered
+from ftlib.train.callback_state import load_callback_state, callback_state
 from ftlib.train.checkpoint import CheckpointError
 from ftlib.train.frozen import MixFeatures
 from ftlib.train.groups import TrainError
@@ -151,7 +151,7 @@ def test_a_loss_that_can_not_be_mixed_is_named(dls, mix):
 # ---- test-time augmentation
 
 class Spy(Callback):
-    pictures = True
+    uses_images = True
     def __init__(self): self.seen = []
     def before_batch(self):
         if self.learn.iter == 0: self.seen.append(self.learn.xb[0].flatten()[:2000].sum().item())
@@ -358,9 +358,9 @@ class LogsMore(Logs):
 def test_numbers_come_back_and_nothing_that_names_a_place(cls, tmp_path):
     cb, other = cls(tmp_path / "mine"), cls(tmp_path / "theirs")
     other.steps = 7
-    evil = dict(values=remembered(other)["values"] | dict(folder="/x", file="/x", every=9, names=["/x"], learn=3, more={"path": "/x"}), parts=remembered(other)["parts"])
+    evil = dict(values=callback_state(other)["values"] | dict(folder="/x", file="/x", every=9, names=["/x"], learn=3, more={"path": "/x"}), parts=callback_state(other)["parts"])
     before = dict(vars(cb))
-    remember(cb, evil)
+    load_callback_state(cb, evil)
     assert cb.steps == 7 and vars(cb) == before | {"steps": 7}
 
 

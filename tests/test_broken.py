@@ -75,7 +75,7 @@ def test_nothing_is_remembered_under_the_name_of_a_broken_image(table, frozen):
     cut(table.path[2])
     for _ in range(2):
         learn = learner(table, frozen)
-        with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="stands in for it"): learn.fit(1, 1e-3)
+        with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="replaces it"): learn.fit(1, 1e-3)
         assert list(learn.dls.bad_files.path) == [str(table.path[2])]
     Image.new("RGB", (20, 20)).save(table.path[2])
     learn = learner(table, frozen)
@@ -99,5 +99,5 @@ def test_folds_leave_them_out(table):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         return learn
     found = cross_validate(train, table.drop(columns="split"), k=2, say=lambda line: None, size=16, bs=4, num_workers=0, augment=None)
-    assert len(found.out_of_fold) == 22 and not {3, 10} & set(found.out_of_fold.index) and found.folds.pictures.sum() == 22
+    assert len(found.out_of_fold) == 22 and not {3, 10} & set(found.out_of_fold.index) and found.folds.images.sum() == 22
     assert not np.isnan(found.report.probs).any()

@@ -1,4 +1,4 @@
-"""What is kept is never that of another picture, transform or network, and trouble with the disk costs time only."""
+"""What is kept is never that of another image, transform or network, and trouble with the disk costs time only."""
 
 import os
 import signal
@@ -20,10 +20,10 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
-from ftlib.data.cache import DecodedPictures, picture_name, trim
+from ftlib.data.cache import DecodedImages, image_hash, evict_lru
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
-from ftlib.train.frozen import MixFeatures, features_of, is_random, on_features, outputs_of
+from ftlib.train.frozen import MixFeatures, cached_features, is_random, on_features, cached_forward
 from ftlib.train.store import FeatureStore
 from ftlib.train.uses_images import uses_images
 from ftlib.train.vision import vision_learner
@@ -33,13 +33,13 @@ N = 24
 
 @pytest.fixture
 def folder(tmp_path):
-    "Two classes of 12 pictures"
+    "Two classes of 12 images"
     rng = np.random.default_rng(0)
     for i in range(N):
-        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i:02}.png"
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def data(folder, **kwargs):
@@ -58,10 +58,10 @@ def network():
 
 
 def computed(store, net, dl, **kwargs):
-    "How many pictures of `dl` went through the frozen part"
+    "How many images of `dl` went through the frozen part"
     before = {id(b) for f in store.alive for b in f.blocks}
-    found = features_of(net, dl, [picture_name(o) for o in dl.dataset.tls[0].items], store=store, **kwargs)
-    assert not found.missing([picture_name(o) for o in dl.dataset.tls[0].items])
+    found = cached_features(net, dl, [image_hash(o) for o in dl.dataset.tls[0].items], store=store, **kwargs)
+    assert not found.missing([image_hash(o) for o in dl.dataset.tls[0].items])
     return sum(len(b) for f in store.alive for b in f.blocks if id(b) not in before)
 
 
@@ -88,7 +88,7 @@ def labels(folder, net, kwargs): kwargs.update(names={"a": "ant", "b": "bee"})
 def batches(folder, net, kwargs): kwargs.update(bs=3)
 
 
-EVERY = "every picture"
+EVERY = "every image"
 
 
 @pytest.mark.parametrize("change, again", [
@@ -149,7 +149,7 @@ def test_what_cannot_be_told_is_not_remembered(folder, capsys):
         learn = vision_learner(dls, network(), metrics=accuracy, precision="fp32")
         learn.freeze_to(-2)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    assert list(learn.history.cached) == [0] and "cannot be told when it changes" in capsys.readouterr().out
+    assert list(learn.history.cached) == [0] and "changes cannot be detected" in capsys.readouterr().out
 
 
 def noise(x): return x + torch.randn(x.shape) * 20 if isinstance(x, TensorImage) else x
@@ -188,8 +188,8 @@ class Teacher(nn.Module):
 
 
 def asked(net, dl, store):
-    names = [picture_name(o) for o in dl.dataset.tls[0].items]
-    found = outputs_of(net, dl, names, store=store, dtype=torch.float32, fresh=True)
+    names = [image_hash(o) for o in dl.dataset.tls[0].items]
+    found = cached_forward(net, dl, names, store=store, dtype=torch.float32, fresh=True)
     return found.take(found.places(names))
 
 
@@ -231,12 +231,12 @@ def test_another_image_of_the_same_size_and_time(tmp_path, change):
     path = tmp_path / "a.bin"
     path.write_bytes(b"12345")
     same_times(path)
-    first = picture_name(path)
-    assert picture_name(path) == first
+    first = image_hash(path)
+    assert image_hash(path) == first
     time.sleep(.02)  # the clock of a file system ticks every few milliseconds
     change(path)
     same_times(path)
-    assert picture_name(path) != first
+    assert image_hash(path) != first
 
 
 def test_the_same_relative_path_in_two_projects(tmp_path, monkeypatch):
@@ -246,8 +246,8 @@ def test_the_same_relative_path_in_two_projects(tmp_path, monkeypatch):
         (tmp_path / project / "set" / "a.png").write_bytes(project.encode())
         same_times(tmp_path / project / "set" / "a.png")
         monkeypatch.chdir(tmp_path / project)
-        names.append(picture_name("set/a.png"))
-        assert picture_name("./set/../set/a.png") == picture_name(tmp_path / project / "set" / "a.png") == names[-1]
+        names.append(image_hash("set/a.png"))
+        assert image_hash("./set/../set/a.png") == image_hash(tmp_path / project / "set" / "a.png") == names[-1]
     assert names[0] != names[1]
 
 
@@ -264,7 +264,7 @@ def fitted(folder, cache, frozen=-2, epochs=3, **kwargs):
 
 
 @pytest.mark.parametrize("frozen", [-1, -2, 1])
-def test_a_fit_on_features_is_the_fit_on_pictures(folder, frozen):
+def test_a_fit_on_features_is_the_fit_on_images(folder, frozen):
     (_, plain, preds), (learn, kept, other) = fitted(folder, False, frozen), fitted(folder, True, frozen)
     assert (plain.cached == 0).all() and (kept.cached == learn.model.frozen).all() and learn.tail is None
     for name in ("train_loss", "valid_loss"): np.testing.assert_allclose(kept[name], plain[name], rtol=2e-2, atol=2e-3)
@@ -272,11 +272,11 @@ def test_a_fit_on_features_is_the_fit_on_pictures(folder, frozen):
     assert kept.fill_bytes[0] > 0 and (kept.fill_bytes[1:] == 0).all()
 
 
-def test_pictures_where_a_callback_wants_them(folder, capsys):
+def test_images_where_a_callback_wants_them(folder, capsys):
     learn = vision_learner(data(folder), network(), metrics=accuracy)
     learn.freeze_to(-2)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=MixUp())
-    assert list(learn.history.cached) == [0] and "MixUp looks at pictures" in capsys.readouterr().out
+    assert list(learn.history.cached) == [0] and "MixUp needs images" in capsys.readouterr().out
     loss = learn.loss_func
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=MixFeatures())
     assert learn.history.cached.iloc[-1] and learn.loss_func is loss and not capsys.readouterr().out
@@ -316,7 +316,7 @@ def test_fastais_way_has_no_features(folder, capsys):
 
 
 @pytest.mark.parametrize("call", ["validate", "get_preds"])
-def test_a_third_loader_gives_pictures(folder, call):
+def test_a_third_loader_gives_images(folder, call):
     dls = data(folder)
     dls.loaders.append(dls.test_dl(dls.valid_ds.tls[0].items, with_labels=True))
     learn = vision_learner(dls, network(), metrics=accuracy)
@@ -336,7 +336,7 @@ def test_a_full_disk_costs_time_only(folder, tmp_path, capsys):
         learn = vision_learner(data(folder), network(), metrics=accuracy)
         learn.freeze_to(-2)
         with on_features(learn, store=FeatureStore(memory=0, folder=small)) as passed: assert passed == 0
-        assert "no room is left" in capsys.readouterr().out
+        assert "there is no space" in capsys.readouterr().out
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         assert not list(small.glob("*.new"))
     finally: subprocess.run(["umount", str(small)], check=True)
@@ -369,7 +369,7 @@ def test_killed_while_it_is_written(tmp_path):
     assert FeatureStore(folder=tmp_path).features("0" * 32).missing(["p0"]) == [0]
     left = next(tmp_path.iterdir())
     os.utime(left, (time.time() - 2 * 86400,) * 2)
-    trim(tmp_path, 20 << 30)
+    evict_lru(tmp_path, 20 << 30)
     assert not left.exists()
 
 
@@ -381,11 +381,11 @@ def test_two_processes_fill_the_same(tmp_path):
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json"]
 
 
-# ---- decoded pictures
+# ---- decoded images
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    "24 pictures that are larger than needed, and a cache of their own"
+    "24 images that are larger than needed, and a cache of their own"
     monkeypatch.setenv("FTLIB_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     for i in range(N):
@@ -405,13 +405,13 @@ def epochs(folder, n=2, **kwargs):
 def test_kept_or_not_batches_are_the_same(large, augment):
     plain = epochs(large, augment=augment, cache=False)
     for workers in (0, 2):
-        for _ in range(2):  # the second finds all pictures
+        for _ in range(2):  # the second finds all images
             assert all(map(torch.equal, plain, epochs(large, augment=augment, num_workers=workers)))
 
 
-def test_each_picture_is_decoded_once(large, monkeypatch):
+def test_each_image_is_decoded_once(large, monkeypatch):
     epochs(large, n=1)
-    monkeypatch.setattr("ftlib.data.cache.open_picture", None)
+    monkeypatch.setattr("ftlib.data.cache.open_image", None)
     epochs(large)
     with pytest.raises(TypeError): epochs(large, cache=False)
 
@@ -419,12 +419,12 @@ def test_each_picture_is_decoded_once(large, monkeypatch):
 def test_looking_at_a_batch_decodes_no_others(large):
     dls = data(large)
     dls.one_batch(), dls.train.show_batch(show=False)
-    assert not DecodedPictures(side=24).at
+    assert not DecodedImages(side=24).at
     next(iter(dls.valid))
-    assert len(DecodedPictures(side=24).at) == N
+    assert len(DecodedImages(side=24).at) == N
 
 
-def test_a_picture_that_changes_is_seen(large):
+def test_an_image_that_changes_is_seen(large):
     dls = data(large, augment=None)
     before = torch.cat([x for x, _ in dls.valid])
     for change in (touch_18, blacken_18):
@@ -446,16 +446,16 @@ def test_a_full_disk_decodes_each_time(large, tmp_path, capsys, monkeypatch):
         plain = epochs(large, cache=False)
         monkeypatch.setenv("FTLIB_CACHE", str(small))
         assert all(map(torch.equal, plain, epochs(large)))
-        assert capsys.readouterr().out.count("decoded anew") == 1
-        assert not list((small / "pictures").iterdir())
+        assert capsys.readouterr().out.count("decoded again") == 1
+        assert not list((small / "images").iterdir())
     finally: subprocess.run(["umount", str(small)], check=True)
 
 
 DECODER = """
     import sys, time
     from pathlib import Path
-    from ftlib.data.cache import DecodedPictures
-    class Slow(DecodedPictures):
+    from ftlib.data.cache import DecodedImages
+    class Slow(DecodedImages):
         n = 0
         def _pixels(self, source):
             Slow.n += 1
@@ -472,23 +472,23 @@ def decoder(folder, kept, pause):
                             stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_while_pictures_are_written(large, tmp_path):
+def test_killed_while_images_are_written(large, tmp_path):
     for i in range(N, 100): Image.new("RGB", (60, 60), (i, 0, 0)).save(large / "a" / f"{i}.png")
     process = decoder(large, tmp_path / "kept", .05)
     assert process.stdout.readline() == "half way\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [p.suffix for p in (tmp_path / "kept").iterdir()] == [".new"]
-    assert not DecodedPictures(side=20, folder=tmp_path / "kept").at
+    assert not DecodedImages(side=20, folder=tmp_path / "kept").at
     assert decoder(large, tmp_path / "kept", 0).communicate()[0].splitlines()[-1] == "done"
-    assert DecodedPictures(side=20, folder=tmp_path / "kept").get(large / "a" / "99.png")[0, 0].tolist() == [99, 0, 0]
+    assert DecodedImages(side=20, folder=tmp_path / "kept").get(large / "a" / "99.png")[0, 0].tolist() == [99, 0, 0]
 
 
 def test_an_interrupted_decoding_is_tried_again(large, tmp_path, monkeypatch):
     paths = sorted(large.rglob("*.png"))
-    kept = DecodedPictures(paths, 20, folder=tmp_path / "kept")
+    kept = DecodedImages(paths, 20, folder=tmp_path / "kept")
     def stop(self, source): raise KeyboardInterrupt
-    monkeypatch.setattr(DecodedPictures, "_pixels", stop)
+    monkeypatch.setattr(DecodedImages, "_pixels", stop)
     with pytest.raises(KeyboardInterrupt): kept.ready()
     monkeypatch.undo()
     assert not list((tmp_path / "kept").iterdir())
@@ -499,5 +499,5 @@ def test_an_interrupted_decoding_is_tried_again(large, tmp_path, monkeypatch):
 def test_two_processes_decode_the_same(large, tmp_path):
     both = [decoder(large, tmp_path / "kept", .01) for _ in range(2)]
     assert [p.communicate()[0].splitlines()[-1] for p in both] == ["done"] * 2
-    assert len(DecodedPictures(side=20, folder=tmp_path / "kept").at) == N
+    assert len(DecodedImages(side=20, folder=tmp_path / "kept").at) == N
     assert sorted(p.suffix for p in (tmp_path / "kept").iterdir()) == [".bin", ".json"]

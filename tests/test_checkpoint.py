@@ -42,8 +42,8 @@ class Dies(Callback):
         if self.learn.training and (self.learn.epoch, self.learn.iter) == self.moment: raise Killed
 
 
-def pictures(root):
-    "A folder of four classes of 14 pictures that tell themselves apart by their colour, more or less"
+def images(root):
+    "A folder of four classes of 14 images that tell themselves apart by their colour, more or less"
     rng = np.random.default_rng(0)
     for c in range(4):
         (root / f"c{c}").mkdir(parents=True)
@@ -54,7 +54,7 @@ def pictures(root):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory): return pictures(tmp_path_factory.mktemp("set"))
+def folder(tmp_path_factory): return images(tmp_path_factory.mktemp("set"))
 
 
 def network():
@@ -97,8 +97,8 @@ def train(learn, place, dies=None, resume=False, phase=None, **kwargs):
 def each_two_steps(place): return Checkpoint(place, every=2)
 
 
-SETTINGS = {"as it comes": {}, "pictures": dict(cache=False), "workers": dict(workers=2), "each two steps": dict(how=each_two_steps),
-            "mixup": dict(cbs=[MixUp]), "accumulated, each two steps": dict(cbs=[lambda: GradientAccumulation(20)], how=each_two_steps), "pictures, each two steps": dict(cache=False, how=each_two_steps),
+SETTINGS = {"as it comes": {}, "images": dict(cache=False), "workers": dict(workers=2), "each two steps": dict(how=each_two_steps),
+            "mixup": dict(cbs=[MixUp]), "accumulated, each two steps": dict(cbs=[lambda: GradientAccumulation(20)], how=each_two_steps), "images, each two steps": dict(cache=False, how=each_two_steps),
             "stopping": dict(cbs=[lambda: EarlyStopping("accuracy", patience=2)]), "torch's SGD": dict(opt_func=torch.optim.SGD)}
 
 
@@ -203,14 +203,14 @@ def test_another_course_is_refused_and_named(folder, tmp_path):
     refused("frozen groups 0, now 2", frozen, 3, 1e-2)
     other = learner(folder)
     other.dls = image_data(folder, size=16, bs=8, valid=.3, seed=7, num_workers=0)
-    refused("other pictures, labels and transforms", other, 3, 1e-2)
+    refused("other images, labels and transforms", other, 3, 1e-2)
     other.dls = image_data(folder, size=16, bs=4, valid=.3, num_workers=0)
     refused("batch size 8, now 4", other, 3, 1e-2)
     other = learner(folder)
     other.model.head[1] = nn.Linear(16, 5)
     other.opt = None
     refused("another network", other, 3, 1e-2)
-    with pytest.raises(CheckpointError, match="holds a training already"): fit(learner(folder), 3, 1e-2, resume=False)
+    with pytest.raises(CheckpointError, match="already contains checkpoints"): fit(learner(folder), 3, 1e-2, resume=False)
 
 
 def test_a_folder_that_has_moved_is_the_same_data(folder, tmp_path):
@@ -256,7 +256,7 @@ def test_a_state_that_can_not_be_kept_costs_no_training(folder, tmp_path):
         def state_dict(self): return dict(f=print)
         def load_state_dict(self, state): pass
     learn = learner(folder, cbs=Odd())
-    with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="is a builtin_function.*training goes on"): learn.fit(2, 1e-2, checkpoint=tmp_path)
+    with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="is a builtin_function.*Training continues"): learn.fit(2, 1e-2, checkpoint=tmp_path)
     assert len(learn.history) == 2
 
 
@@ -267,14 +267,14 @@ def test_a_damaged_file_is_passed_over(folder, tmp_path):
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 4
     newest.write_bytes(data)
-    with pytest.warns(UserWarning, match="damaged.*The one before it is taken"):
+    with pytest.warns(UserWarning, match="damaged.*The checkpoint before it is used"):
         assert_same(train(learner(folder), tmp_path / "cut", resume=True), whole)
 
 
 @pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_file_system_that_fails(name, number, folder, tmp_path, monkeypatch):
-    "At each call in turn: training goes on, and what was kept before can be read"
+    "At each call in turn: Training continues, and what was kept before can be read"
     from ftlib.data import cache
     def failing(*args, **kwargs):
         calls.append(name)
@@ -298,7 +298,7 @@ def test_a_file_system_that_fails(name, number, folder, tmp_path, monkeypatch):
             m.setattr(cache, "open", opened, raising=False)
             if name in ("fsync", "replace"): m.setattr(os, name, failing)
             learn.fit(4, 1e-2, checkpoint=place)
-        assert len(calls) >= 4 and any("did not take the checkpoint" in str(w.message) for w in said)
+        assert len(calls) >= 4 and any("could not write checkpoint" in str(w.message) for w in said)
         assert not list(place.glob("*.new")), "nothing unfinished is left"
         for file in place.glob("*"): read_packed(file)
         assert list(place.glob("*"))

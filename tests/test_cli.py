@@ -1,4 +1,4 @@
-"""Each command as the shell runs it, on a small folder of made pictures: what it prints, writes and exits with."""
+"""Each command as the shell runs it, on a small folder of made images: what it prints, writes and exits with."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ SMALL = "--arch cnn --size 32 --bs 8".split()
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
     "A folder of two classes: stripes that lie, stripes that stand"
-    folder, rng = tmp_path_factory.mktemp("pictures") / "stripes", np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images") / "stripes", np.random.default_rng(0)
     for label in ("lying", "standing"):
         (folder / label).mkdir(parents=True)
         for i in range(24):
@@ -67,9 +67,9 @@ def test_train_writes_tables_plots_and_weights(shell, stripes):
     assert classes["class"].tolist() == ["lying", "standing"]
     assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
     assert summary["phase"].tolist() == ["whole network", "all"] and summary["epochs"].tolist() == [3, 3]
-    top1 = classes["right"].sum() / classes["pictures"].sum()
+    top1 = classes["right"].sum() / classes["images"].sum()
     assert summary["top1"].iloc[-1] == pytest.approx(top1) and f"top-1 {top1:.4f}" in done.stdout
-    assert history["accuracy"].max() == pytest.approx(top1, abs=1e-6), "the table and the metric count the same pictures"
+    assert history["accuracy"].max() == pytest.approx(top1, abs=1e-6), "the table and the metric count the same images"
 
 
 def test_new_images_are_classified_and_sorted(shell, stripes, tmp_path):
@@ -106,14 +106,14 @@ def test_what_was_trained_on_is_not_evaluated(shell, stripes):
     check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--seed", 7, "--valid", ".3", "--out", "out"), 0)
     check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--out", "judged"), 0)
     split = pd.read_csv(shell.folder / "out" / "split.csv")
-    assert pd.read_csv(shell.folder / "judged" / "per_class.csv")["pictures"].sum() == (split["split"] == "valid").sum()
+    assert pd.read_csv(shell.folder / "judged" / "per_class.csv")["images"].sum() == (split["split"] == "valid").sum()
     (shell.folder / "out" / "split.csv").unlink()
-    assert "which images" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors"), 2))
+    assert "the training images" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors"), 2))
 
 
 def test_a_plot_that_fails_costs_no_weights(shell, stripes, monkeypatch):
     def fails(draw, path): raise ValueError("no such font")
-    monkeypatch.setattr("ftlib.recipe.save_picture", fails)
+    monkeypatch.setattr("ftlib.recipe.save_figure", fails)
     done = check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
     assert (shell.folder / "out" / "weights.safetensors").exists() and "no such font" in done.stderr
     assert (shell.folder / "out" / "summary.csv").exists()
@@ -127,7 +127,7 @@ def test_weights_of_something_else_are_refused(shell, stripes, tmp_path):
     assert "slanted" in complaint(check(shell("evaluate", stripes.parent / "others", "--weights", "out/weights.safetensors"), 2))
     (shell.folder / "odd.safetensors").write_bytes(b"odd")
     assert "no weights that can be read" in complaint(check(shell("evaluate", stripes, "--weights", "odd.safetensors"), 2))
-    assert "nothing was held out" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--on", "test"), 2))
+    assert "there is no test set" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--on", "test"), 2))
 
 
 def test_weights_load_into_the_same_network(shell, stripes):
@@ -148,9 +148,9 @@ def test_the_same_seed_gives_the_same_run(shell, stripes):
 def test_a_training_that_is_kept_goes_on(shell, stripes):
     asked = "train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--checkpoint", "kept"
     check(shell(*asked, "--out", "a"), 0)
-    assert "holds a training already" in complaint(check(shell(*asked, "--out", "b"), 2))
+    assert "already contains checkpoints" in complaint(check(shell(*asked, "--out", "b"), 2))
     done = check(shell(*asked, "--out", "b", "--resume"), 0)
-    assert "is over already" in done.stdout
+    assert "is finished already" in done.stdout
     a, b = ((shell.folder / o / "history.csv").read_text() for o in "ab")
     assert a == b
     assert "epochs 2, now 3" in complaint(check(shell(*asked, "--epochs", 3, "--resume"), 2))
@@ -169,7 +169,7 @@ def test_audit_exits_by_what_it_finds(shell, stripes, tmp_path):
     bad = tmp_path / "bad"
     for label in ("lying", "standing"):
         (bad / label).mkdir(parents=True)
-        for picture in (stripes / label).iterdir(): (bad / label / picture.name).write_bytes(picture.read_bytes())
+        for image in (stripes / label).iterdir(): (bad / label / image.name).write_bytes(image.read_bytes())
     (bad / "lying" / "empty.png").touch()
     done = check(shell("audit", bad, "--csv", "problems.csv"), 1)
     assert "empty.png" in done.stdout

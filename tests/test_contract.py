@@ -22,21 +22,21 @@ from ftlib.models.network import Body, Network, Normalize
 from ftlib.teach.distill import Distill
 from ftlib.teach.hints import Hints
 from ftlib.train.best import BestWeights
-from ftlib.train.callback_state import remembered
-from ftlib.train.fits import FiniteLoss
-from ftlib.train.groups import FrozenParts
+from ftlib.train.callback_state import callback_state
+from ftlib.train.fits import CheckFiniteLoss
+from ftlib.train.groups import EvalFrozenModules
 from ftlib.train.history import EpochLog, Recorder
 from ftlib.train.learner import Learner
 from ftlib.train.lr_find import LRSweep
 from ftlib.train.progress import Progress
 from ftlib.train.stopping import EarlyStopping
-from ftlib.train.trackers import Follower, ReduceLROnPlateau
+from ftlib.train.trackers import MonitorCallback, ReduceLROnPlateau
 
 # How those are made that want something said; the others are made of nothing.
 MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
           Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), Hints: lambda: Hints(TEACHER, 'fitnet')}
-# Every learner has the first ones; of `Follower` others are made, and `LRSweep` belongs to the rate finder
-NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, FiniteLoss, FrozenParts, Follower, LRSweep}
+# Every learner has the first ones; of `MonitorCallback` others are made, and `LRSweep` belongs to the rate finder
+NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, MonitorCallback, LRSweep}
 FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback, "EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
           "fastai's plateau": partial(FastaiPlateau, patience=1), "TerminateOnNaN": fc.TerminateOnNaNCallback, "Tracker": fc.TrackerCallback, "MixUp": fc.MixUp,
           "CutMix": fc.CutMix, "GradientAccumulation": partial(fc.GradientAccumulation, 96), "GradientClip": fc.GradientClip, "BnFreeze": fc.BnFreeze,
@@ -140,13 +140,13 @@ def test_a_sweep_and_a_look_in_between(name, tmp_path):
         learn = learner(tmp_path, cbs=CALLBACKS[name]())
         cb = learn.cbs[-1]
         fit(learn)
-        before = str(remembered(cb))
+        before = str(callback_state(cb))
         if between:
             with learn.no_bar(), learn.no_logging():
                 learn.lr_find(show_plot=False)
                 learn.validate()
                 learn.get_preds()
-        assert str(remembered(cb)) == before
+        assert str(callback_state(cb)) == before
         set_seed(1)
         fit(learn)
         return weights(learn), learn.history.drop(columns=["seconds"])

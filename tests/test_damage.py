@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ftlib.data.cache import DecodedPictures, shrunk
-from ftlib.data.files import checksum, clear_cache, own_files, own_folder, trim, written
+from ftlib.data.cache import DecodedImages, resize_short_side
+from ftlib.data.files import checksum, clear_cache, own_files, own_folder, evict_lru, atomic_write
 from ftlib.train.store import FeatureStore, StoreError
 
 RECIPE = "0" * 32
@@ -30,7 +30,7 @@ def paths(tmp_path):
 
 
 def decoded(paths, folder, **kwargs):
-    kept = DecodedPictures(paths, 20, folder=folder, **kwargs)
+    kept = DecodedImages(paths, 20, folder=folder, **kwargs)
     kept.ready()
     return kept
 
@@ -68,8 +68,8 @@ def test_damaged_files(paths, tmp_path, kind, damage):
     folder = tmp_path / "kept"
     decoded(paths, folder)
     damage(next(folder.glob(f"*.{kind}")))
-    for kept in (decoded(paths, folder), DecodedPictures(side=20, folder=folder)):  # in this process, and in the next
-        for p in paths: np.testing.assert_array_equal(kept.get(p), np.asarray(shrunk(p, 20)))
+    for kept in (decoded(paths, folder), DecodedImages(side=20, folder=folder)):  # in this process, and in the next
+        for p in paths: np.testing.assert_array_equal(kept.get(p), np.asarray(resize_short_side(p, 20)))
     folder = tmp_path / "features"
     features(folder)
     damage(next(folder.glob(f"*.{kind}")))
@@ -86,7 +86,7 @@ def test_damage_between_two_passes(paths, tmp_path, damage):
     kept.ready()
     for p in paths:
         pixels = kept.get(p)
-        assert pixels is None or np.array_equal(pixels, np.asarray(shrunk(p, 20)))
+        assert pixels is None or np.array_equal(pixels, np.asarray(resize_short_side(p, 20)))
 
 
 SHRINKS = """
@@ -123,7 +123,7 @@ MINE = ["pytorch_model.bin", "pytorch_model.json", "draft.new", "a.bin", "model-
         "weights.bin.12.34.new", RECIPE + ".bin"]
 
 
-@pytest.mark.parametrize("kind", ["pictures", "features"])
+@pytest.mark.parametrize("kind", ["images", "features"])
 def test_other_files_are_never_deleted(paths, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("FTLIB_CACHE", str(tmp_path / "cache"))
     folder = own_folder(tmp_path / "cache" / kind)
@@ -132,7 +132,7 @@ def test_other_files_are_never_deleted(paths, tmp_path, monkeypatch, kind):
         os.utime(folder / name, (1, 1))
     for n in (5, 12): decoded(paths[:n], None, disk=9000)
     features(tmp_path / "cache" / "features", value=2.).disk = 10
-    trim(folder, 0), clear_cache()
+    evict_lru(folder, 0), clear_cache()
     assert sorted(p.name for p in folder.iterdir()) == sorted(MINE)
 
 
@@ -148,7 +148,7 @@ def test_what_others_can_write_is_not_believed(paths, tmp_path, capsys, which, c
         make(folder)
         for p in [folder] if which == "folder" else folder.glob(which): change(p)
         if names: assert len(FeatureStore(folder=folder).features(RECIPE).missing(names)) == 4
-        else: assert not DecodedPictures(side=20, folder=folder).at
+        else: assert not DecodedImages(side=20, folder=folder).at
     if which == "folder":
         decoded(paths, tmp_path / "kept")
         assert capsys.readouterr().out.count("belongs to another user") == 1
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_used(paths, tmp_path, capsys, place):
     folder = tmp_path / "x" / ("y" * 300) if place not in (no_folder, dangling) else tmp_path / "x" / "kept"
     kept = decoded(paths, folder)
     kept.ready()
-    assert kept.get(paths[0]) is None and capsys.readouterr().out.count("decoded anew in each epoch") == 1
+    assert kept.get(paths[0]) is None and capsys.readouterr().out.count("decoded again in each epoch") == 1
     with pytest.raises(StoreError): features(folder)
 
 
@@ -207,6 +207,6 @@ def test_what_was_left_unfinished_goes(tmp_path):
     left = folder / f"24v2-{RECIPE}.bin.1.2.new"
     left.write_bytes(b"half")
     left.chmod(0o600)
-    with written(folder / f"24v2-{RECIPE}.bin") as f:
-        trim(folder, 20 << 30)
+    with atomic_write(folder / f"24v2-{RECIPE}.bin") as f:
+        evict_lru(folder, 20 << 30)
         assert not left.exists() and os.path.exists(f.name)

@@ -1,4 +1,4 @@
-"""Pictures from every kind of source, what can be wrong with them, and that batches depend on nothing but the seed."""
+"""Images from every kind of source, what can be wrong with them, and that batches depend on nothing but the seed."""
 
 import json
 import random
@@ -16,15 +16,15 @@ from fastai.vision.core import TensorImage
 from PIL import Image
 
 from ftlib.data.audit import audit
-from ftlib.data.images import Erase, ImageData, image_data
+from ftlib.data.images import UniformErasing, ImageData, image_data
 from ftlib.data.loader import seeded
-from ftlib.data.pictures import DataError
+from ftlib.data.decode import DataError
 
 CLASSES = ["cat", "dog", "emu"]
 
 
-def picture(seed, side=40):
-    "A picture of its own for each seed"
+def image(seed, side=40):
+    "An image of its own for each seed"
     noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((side + 8, side), Image.Resampling.BICUBIC)
 
@@ -33,7 +33,7 @@ def fill(folder, classes=CLASSES, n=8, start=0):
     "A folder of `n` JPEGs a class"
     for k, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
-        for i in range(n): picture(start + 100 * k + i).save(folder / name / f"{i}.jpg", quality=95)
+        for i in range(n): image(start + 100 * k + i).save(folder / name / f"{i}.jpg", quality=95)
     return folder
 
 
@@ -53,7 +53,7 @@ def table(folder):
 
 
 def break_inside(path):
-    "Header and end stay whole: only decoding shows that the picture is broken"
+    "Header and end stay whole: only decoding shows that the image is broken"
     data = bytearray(path.read_bytes())
     at = data.find(b"\xff\xc4") + 5
     data[at:at + 16] = b"\xff" * 16
@@ -71,7 +71,7 @@ def test_every_source_gives_the_same_split(folder, table, tmp_path):
     split["frame"] = build(table, root=folder)._table["split"].tolist()
     assert len({tuple(s) for s in split.values()}) == 1, split
     first = {k: build(s).valid.one_batch()[0] for k, s in sources.items()}
-    assert torch.equal(first["folder"], first["mapping"]), "the same pictures, decoded from files or given as arrays"
+    assert torch.equal(first["folder"], first["mapping"]), "the same images, decoded from files or given as arrays"
 
 
 def test_torchvision_datasets(folder):
@@ -92,16 +92,16 @@ def test_given_splits_are_kept(tmp_path):
     assert not any("testing" in s for s in seen)
 
 
-def test_asking_for_another_valid_leaves_the_held_out_pictures(folder):
+def test_asking_for_another_valid_leaves_the_held_out_images(folder):
     one, two = build(folder, test=.25, valid=.2), build(folder, test=.25, valid=.4)
     held = [{str(i.source) for i in d.held_out().dataset.tls[0].items} for d in (one, two)]
     assert held[0] == held[1] and len(held[0]) == 6
 
 
-def test_all_kinds_of_pictures(tmp_path):
+def test_all_kinds_of_images(tmp_path):
     fill(tmp_path, ["a"], n=6)
     (tmp_path / "b").mkdir()
-    rgb = picture(7)
+    rgb = image(7)
     for i, kind in enumerate(("L", "RGBA", "P", "1", "LA", "CMYK")):
         rgb.convert(kind).save(tmp_path / "b" / f"{i}.{'jpg' if kind == 'CMYK' else 'png'}")
     Image.fromarray((np.asarray(rgb.convert("L")).astype(np.uint16) * 257)).save(tmp_path / "b" / "6.png")
@@ -148,7 +148,7 @@ def test_rng_is_the_whole_state(folder):
 @pytest.mark.parametrize("kind", ["files", "arrays"])
 def test_fastai_looks_at_predictions(folder, kind):
     from fastai.vision.all import ClassificationInterpretation, Learner, nn, plt
-    arrays = [np.asarray(picture(i)) for i in range(24)]
+    arrays = [np.asarray(image(i)) for i in range(24)]
     source = folder if kind == "files" else {"image": arrays, "label": CLASSES * 8}
     dls = build(source, test=.2)
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)))
@@ -182,7 +182,7 @@ def test_one_prediction_without_an_epoch_is_fastais(folder):
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * 16 * 16), nn.Dropout(), nn.Linear(3 * 16 * 16, 3)))
     learn.fit(1, 1e-2)
     events = []
-    for x in (folder / "cat/0.jpg", np.asarray(picture(1).resize((40, 24)))):
+    for x in (folder / "cat/0.jpg", np.asarray(image(1).resize((40, 24)))):
         for with_input in (False, True):
             learn.model.train()
             mine, theirs = learn.predict(x, with_input=with_input), FastaiLearner.predict(learn, x, with_input=with_input)
@@ -194,7 +194,7 @@ def test_one_prediction_without_an_epoch_is_fastais(folder):
 
 
 @pytest.mark.parametrize("augment", ["light", "default", "strong"])
-def test_augmented_pictures_stay_between_black_and_white(folder, augment):
+def test_augmented_images_stay_between_black_and_white(folder, augment):
     "fastai's erasing puts numbers from -4 to 4 into them"
     dls = build(folder, augment=augment)
     seen = torch.cat([x for _ in range(10) for x, _ in dls.train])
@@ -203,12 +203,12 @@ def test_augmented_pictures_stay_between_black_and_white(folder, augment):
 
 def test_erased_patches():
     grey = TensorImage(torch.full((4, 3, 16, 16), .5))
-    with seeded(0): erased = Erase(p=1.)(grey.clone(), split_idx=0)
+    with seeded(0): erased = UniformErasing(p=1.)(grey.clone(), split_idx=0)
     patch = (erased != grey).float().mean()
     assert 0 < patch < .4 and 0 <= erased.min() and erased.max() <= 1
 
 
-def test_one_picture_in_many_views(folder):
+def test_one_image_in_many_views(folder):
     dls = build(folder, augment=[])
     before = [y.tolist() for _, y in build(folder, augment=[]).train]
     shown = []
@@ -217,14 +217,14 @@ def test_one_picture_in_many_views(folder):
         dls.show_batch(unique=True)
     assert len(shown[0]) == 4 and not any(torch.equal(shown[0][0], x) for x in shown[0][1:]), "each in a crop of its own"
     dls.train.rng = random.Random(42)
-    assert [y.tolist() for _, y in dls.train] == before, "training goes on with all pictures"
+    assert [y.tolist() for _, y in dls.train] == before, "Training continues with all images"
 
 
 # ---- bad files
 
 def test_bad_files_are_left_out_and_listed(folder):
     (folder / "cat/0.jpg").write_bytes(b"")
-    (folder / "cat/1.jpg").write_text("no picture")
+    (folder / "cat/1.jpg").write_text("no image")
     (folder / "dog/2.jpg").write_bytes((folder / "dog/2.jpg").read_bytes()[:-200])
     with pytest.warns(UserWarning, match="3 of 24 files are left out"): dls = build(folder)
     assert dict(zip((Path(p).name for p in dls.bad_files["path"]), dls.bad_files["problem"])) == {
@@ -246,10 +246,10 @@ def test_broken_inside_another_of_its_class_stands_in(folder, workers):
     assert order.tolist() == [int(y) for y in dls.valid_ds.tls[1]], "the others keep their places"
 
 
-def test_a_picture_to_predict_has_no_stand_in(folder):
+def test_an_image_to_predict_has_no_stand_in(folder):
     dls = build(folder)
     break_inside(folder / "dog/0.jpg")
-    with pytest.raises(DataError, match="dog/0.jpg can't be decoded"): list(dls.test_dl([folder / "dog/0.jpg"]))
+    with pytest.raises(DataError, match="dog/0.jpg cannot be decoded"): list(dls.test_dl([folder / "dog/0.jpg"]))
 
 
 def test_decompression_bomb(folder):
@@ -262,28 +262,28 @@ def test_decompression_bomb(folder):
 
 # ---- bad input: what came, what was wanted
 
-def one_class(folder, table): return (list(table["path"][:8]), ["cat"] * 8), dict(root=folder), "there is one class, 'cat'"
-def no_label(folder, table): return table.assign(label=[None, *table["label"][1:]]), dict(root=folder), "1 of 24 pictures have no label"
+def one_class(folder, table): return (list(table["path"][:8]), ["cat"] * 8), dict(root=folder), "there is only one class, 'cat'"
+def no_label(folder, table): return table.assign(label=[None, *table["label"][1:]]), dict(root=folder), "1 of 24 images have no label"
 def blank_label(folder, table): return table.assign(label=[" ", *table["label"][1:]]), dict(root=folder), "have no label"
-def no_files(folder, table): return table, dict(root=folder / "cat"), r"none of the 24 pictures can be used.*root="
+def no_files(folder, table): return table, dict(root=folder / "cat"), r"none of the 24 images can be used.*root="
 def no_column(folder, table): return table, dict(label="labels"), "no column 'labels'.*Did you mean 'label'"
 def no_names(folder, table): return folder, dict(names={"cat": "Katze", "dog": "Hund"}), "names lacks 1 class \\('emu'\\)"
 def no_folder(folder, table): return folder.parent / "pet", {}, "Did you mean 'pets'"
 def no_split(folder, table): return table.assign(split="trian"), dict(root=folder), "Did you mean 'train'"
-def only_valid(folder, table): return table.assign(split="valid"), dict(root=folder), "nothing to train on"
-def odd_length(folder, table): return (list(table["path"]), ["cat"]), {}, "24 pictures but 1 labels"
+def only_valid(folder, table): return table.assign(split="valid"), dict(root=folder), "no training images"
+def odd_length(folder, table): return (list(table["path"]), ["cat"]), {}, "24 images but 1 labels"
 def strange(folder, table): return 7, {}, "can't be read from a int"
 def size_0(folder, table): return folder, dict(size=0), "size=0"
 def valid_low(folder, table): return folder, dict(valid=-.2), "valid=-0.2"
 def valid_high(folder, table): return folder, dict(valid=1), "valid=1"
-def both_high(folder, table): return folder, dict(valid=.5, test=.5), "leave nothing to train on"
+def both_high(folder, table): return folder, dict(valid=.5, test=.5), "leave no training images"
 def augment(folder, table): return folder, dict(augment="lite"), "augment='lite'"
 def balance(folder, table): return folder, dict(balance="los"), "Did you mean 'loss'"
 
 
 def unknown_label(folder, table):
     split = ["train"] * 23 + ["valid"]
-    return table.assign(split=split, label=[*table["label"][:23], "emus"]), dict(root=folder), "not in train: an unknown label. Did you mean 'emu'"
+    return table.assign(split=split, label=[*table["label"][:23], "emus"]), dict(root=folder), "not in train: an but not in train. Did you mean 'emu'"
 
 
 @pytest.mark.parametrize("case", [
@@ -295,9 +295,9 @@ def test_bad_input(case, folder, table):
 
 
 def test_empty_folder_and_no_class_folders(tmp_path):
-    with pytest.raises(DataError, match="no pictures in it"): build(tmp_path)
-    picture(0).save(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="1 pictures, but none inside the folder of a class"): build(tmp_path)
+    with pytest.raises(DataError, match="no images in it"): build(tmp_path)
+    image(0).save(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="1 images, but none inside the folder of a class"): build(tmp_path)
 
 
 def test_missing_files_are_reported(folder, table):
@@ -306,13 +306,13 @@ def test_missing_files_are_reported(folder, table):
     assert dls.bad_files["problem"].tolist() == ["missing"]
 
 
-def test_class_with_one_picture_and_split_without_a_class(folder, table):
+def test_class_with_one_image_and_split_without_a_class(folder, table):
     fill(folder.parent / "one", ["fox"], n=1)
     (folder.parent / "one/fox").rename(folder / "fox")
-    with pytest.warns(UserWarning, match="'fox'.*single picture"): dls = build(folder)
+    with pytest.warns(UserWarning, match="'fox'.*single image"): dls = build(folder)
     assert dls.summary().loc["fox", ["train", "valid"]].tolist() == [1, 0]
     split = ["valid" if i in (0, 8) else "train" for i in range(24)]
-    with pytest.warns(UserWarning, match="'emu'.*without a picture in valid"): build(table.assign(split=split), root=folder)
+    with pytest.warns(UserWarning, match="'emu'.*without an image in valid"): build(table.assign(split=split), root=folder)
 
 
 def test_names_from_json(folder, tmp_path):
@@ -320,12 +320,12 @@ def test_names_from_json(folder, tmp_path):
     assert list(build(folder, names=tmp_path / "names.json").vocab) == ["Katze", "Hund", "Emu"]
 
 
-# ---- real pictures
+# ---- real images
 
 @pytest.fixture(scope="module")
 def shared(root):
     found = root.parent / "shared/data"
-    if not found.is_dir(): pytest.skip(f"real pictures are looked for in {found}, which is absent")
+    if not found.is_dir(): pytest.skip(f"real images are looked for in {found}, which is absent")
     return found
 
 

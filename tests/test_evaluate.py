@@ -19,7 +19,7 @@ MANY = settings(max_examples=60, deadline=None, derandomize=True)
 
 @st.composite
 def single(draw):
-    "Probabilities and true classes; classes may be absent, pictures few"
+    "Probabilities and true classes; classes may be absent, images few"
     n, c, seed = draw(st.integers(2, 120)), draw(st.integers(2, 9)), draw(st.integers(0, 10_000))
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, draw(st.integers(1, c)), n)
@@ -41,7 +41,7 @@ def same(a, b): np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, f
 
 @MANY
 @given(single())
-def test_figures_of_one_class_a_picture(given):
+def test_figures_of_one_class_an_image(given):
     probs, targets, classes = given
     report, c, predicted = Report(*given), len(classes), probs.argmax(1)
     value, every = report.table.value, list(range(c))
@@ -52,7 +52,7 @@ def test_figures_of_one_class_a_picture(given):
         warnings.simplefilter("ignore")
         same(value["balanced accuracy"], sk.balanced_accuracy_score(targets, predicted))
         same(value["macro F1"], sk.f1_score(targets, predicted, average="macro"))
-        precision, recall, f1, pictures = sk.precision_recall_fscore_support(targets, predicted, labels=every, zero_division=np.nan)
+        precision, recall, f1, images = sk.precision_recall_fscore_support(targets, predicted, labels=every, zero_division=np.nan)
     same(value["loss"], sk.log_loss(targets, probs, labels=every))
     same(value["Brier"], sk.brier_score_loss(targets, probs, labels=every, scale_by_half=False))
     same(value["ECE"], tm.multiclass_calibration_error(torch.tensor(probs), torch.tensor(targets), c, n_bins=15))
@@ -60,8 +60,8 @@ def test_figures_of_one_class_a_picture(given):
     table = report.per_class
     same(table["precision"], precision)
     same(table["recall"], recall)
-    same(table["pictures"], pictures)
-    there = (pictures > 0) | (np.bincount(predicted, minlength=c) > 0)
+    same(table["images"], images)
+    there = (images > 0) | (np.bincount(predicted, minlength=c) > 0)
     same(table["F1"][there], f1[there])
 
 
@@ -74,8 +74,8 @@ def test_intervals_of_shares_and_means(given, level):
     losses = -np.log(given[0][np.arange(len(given[1])), given[1]])
     low, high = DescrStatsW(losses).tconfint_mean(1 - level)
     same(report.table.loc["loss", ["low", "high"]], [max(low, 0), high])  # a loss is never below 0
-    table = report.per_class[report.per_class.pictures > 0]
-    same(table[["recall low", "recall high"]].to_numpy().T, proportion_confint(table.right, table.pictures, 1 - level, "wilson"))
+    table = report.per_class[report.per_class.images > 0]
+    same(table[["recall low", "recall high"]].to_numpy().T, proportion_confint(table.right, table.images, 1 - level, "wilson"))
 
 
 @MANY
@@ -85,11 +85,11 @@ def test_mistakes_and_confusions(given):
     report = Report(*given, items=[f"{i}.jpg" for i in range(len(targets))])
     errors = report.errors
     assert sorted(errors.index) == np.flatnonzero(probs.argmax(1) != targets).tolist()
-    assert errors.loss.is_monotonic_decreasing and (errors.picture == [f"{i}.jpg" for i in errors.index]).all()
-    same(errors.loss, -np.log(errors["label's"].astype(float)))
+    assert errors.loss.is_monotonic_decreasing and (errors.image == [f"{i}.jpg" for i in errors.index]).all()
+    same(errors.loss, -np.log(errors["p_label"].astype(float)))
     for row in report.per_class.to_dict("records"):
         others = report.confusion.loc[row["class"]].drop(row["class"])
-        assert row["times"] == others.max() and (not row["times"] or others[row["confused with"]] == others.max())
+        assert row["n_confused"] == others.max() and (not row["n_confused"] or others[row["confused with"]] == others.max())
 
 
 @MANY
@@ -108,8 +108,8 @@ def test_figures_of_any_number_of_classes(given):
     probs, targets, classes = given
     report, predicted = Report(*given), (given[0] >= .5).astype(int)
     value = report.table.value
-    same(value["all right"], sk.accuracy_score(targets, predicted))
-    same(value["labels right"], 1 - sk.hamming_loss(targets, predicted))
+    same(value["exact_match"], sk.accuracy_score(targets, predicted))
+    same(value["hamming_accuracy"], 1 - sk.hamming_loss(targets, predicted))
     there = (targets.sum(0) + predicted.sum(0)) > 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

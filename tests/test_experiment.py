@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from ftlib.experiment.compare import compare
-from ftlib.experiment.paired import CompareError, holm, paired
-from ftlib.experiment.runs import Runs
+from ftlib.experiment.paired import CompareError, holm, paired_test
+from ftlib.experiment.runs import RunStore
 
 SCRIPT = """
 import sys, numpy as np, torch
@@ -92,10 +92,10 @@ def test_the_correction_is_holms(ps):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 5), st.integers(2, 60), st.integers(0, 1000))
-def test_intervals_and_p_agree(seeds, pictures, seed):
+def test_intervals_and_p_agree(seeds, images, seed):
     rng = np.random.default_rng(seed)
-    a, b = rng.random((2, seeds, pictures)) < [[[.6]], [[.8]]]
-    found = paired(a, b)
+    a, b = rng.random((2, seeds, images)) < [[[.6]], [[.8]]]
+    found = paired_test(a, b)
     np.testing.assert_allclose(found["difference"], b.mean() - a.mean(), atol=1e-12)
     assert found["low"] <= found["difference"] <= found["high"]
     if found["high"] > found["low"]: assert (found["low"] > 0 or found["high"] < 0) == (found["p"] < .05)
@@ -105,7 +105,7 @@ CALLS = []
 
 
 def way(seed):
-    "Stands for a training: what `do_run` makes of it is made up below"
+    "Stands for a training: what `execute_run` makes of it is made up below"
 
 
 def made_up(way, seed, on):
@@ -115,7 +115,7 @@ def made_up(way, seed, on):
 
 
 def test_a_damaged_run_is_done_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("ftlib.experiment.compare.do_run", made_up)
+    monkeypatch.setattr("ftlib.experiment.compare.execute_run", made_up)
     CALLS.clear()
     def again(): return compare({"one": way}, seeds=2, folder=tmp_path, say=lambda line: None).table.seeds["one"]
     assert again() == 2 and CALLS == [0, 1]
@@ -123,7 +123,7 @@ def test_a_damaged_run_is_done_again(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="damaged"): assert again() == 2
     assert sorted(CALLS) == [0, 0, 1] or sorted(CALLS) == [0, 1, 1]
-    assert Runs(tmp_path).get("one", 0) is not None
+    assert RunStore(tmp_path).get("one", 0) is not None
 
 
 RATE = 1
@@ -140,7 +140,7 @@ def reaching(seed): return helper() * Setting.rate
 
 @pytest.mark.parametrize("change", [lambda m: m.setitem(globals(), "RATE", 2), lambda m: m.setitem(globals(), "helper", lambda: 3), lambda m: m.setattr(Setting, "rate", 2)])
 def test_a_run_belongs_to_all_that_its_function_reaches(tmp_path, monkeypatch, change):
-    monkeypatch.setattr("ftlib.experiment.compare.do_run", made_up)
+    monkeypatch.setattr("ftlib.experiment.compare.execute_run", made_up)
     CALLS.clear()
     def again(): return compare({"one": reaching}, seeds=2, folder=tmp_path, say=lambda line: None)
     again(), again()
@@ -153,7 +153,7 @@ def test_a_run_belongs_to_all_that_its_function_reaches(tmp_path, monkeypatch, c
 
 
 def test_a_function_that_cannot_be_told_is_run_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ftlib.experiment.compare.do_run", made_up)
+    monkeypatch.setattr("ftlib.experiment.compare.execute_run", made_up)
     CALLS.clear()
     with open(__file__) as file:
         def odd(seed): return file

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ftlib.data.images import image_data
-from ftlib.data.pictures import DataError, PictureError, check_file, open_picture
+from ftlib.data.decode import DataError, ImageError, check_file, open_image
 from ftlib.data.sources import read_source
 
 
@@ -123,13 +123,13 @@ def test_a_drawing_runs_no_program(tmp_path, monkeypatch, name):
     def run(*args, **kwargs): raise AssertionError("a program was run")
     monkeypatch.setattr(subprocess, "Popen", run)
     assert check_file(tmp_path / name)[0] == "not an image"
-    with pytest.raises(PictureError): open_picture(tmp_path / name)
+    with pytest.raises(ImageError): open_image(tmp_path / name)
 
 
 def test_a_pipe_does_not_hang(tmp_path):
     classes(tmp_path, "a", "b")
     os.mkfifo(tmp_path / "a" / "x.jpg")
     assert check_file(tmp_path / "a" / "x.jpg")[0] == "not an image"
-    with pytest.raises(PictureError, match="no regular file"): open_picture(tmp_path / "a" / "x.jpg")
+    with pytest.raises(ImageError, match="not a regular file"): open_image(tmp_path / "a" / "x.jpg")
     with pytest.warns(UserWarning, match="x.jpg"): dls = image_data(tmp_path, size=8, num_workers=0)
     assert dls.summary().loc["total", "all"] == 10

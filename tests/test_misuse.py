@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 import ftlib.evaluate.calibrate  # noqa: F401  gives a learner `classify` and `evaluate`
 from ftlib.data.images import image_data
-from ftlib.data.pictures import DataError
+from ftlib.data.decode import DataError
 from ftlib.evaluate.intervals import EvaluateError
 from ftlib.experiment.compare import compare
 from ftlib.experiment.paired import CompareError

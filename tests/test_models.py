@@ -121,7 +121,7 @@ def small_vit():
 
 
 def used(net, side):
-    "`net` with norms, scales and statistics that are no longer a new network's, and the pictures that they are of"
+    "`net` with norms, scales and statistics that are no longer a new network's, and the images that they are of"
     x = torch.rand(2, 3, side, side)
     with torch.no_grad():
         for p in net.parameters():
@@ -288,7 +288,7 @@ def test_files(arch, suffix, save, tmp_path, capsys):
     for path in (file, str(file)): assert came_from(create_network(arch, 5, weights=path).body, state)
     said = capsys.readouterr().out
     classifier = "head" if "vit" in arch else "fc"
-    for part in (f"mine{suffix}: left out the old head", f"{classifier}.weight", f"{classifier}.bias"):
+    for part in (f"mine{suffix}: the old head was not loaded", f"{classifier}.weight", f"{classifier}.bias"):
         assert part in said
 
 
@@ -316,20 +316,20 @@ def more(state): return state | {"stage4.9.branch2.0.weight": torch.zeros(1)}
     (lambda: whole("shufflenet_v2_x1_0").state_dict(), "of another shape, first 'stage2"),
     (lambda: whole("timm/test_vit").state_dict(), "missing, first 'conv1.0.weight'"),
     (lambda: less(whole("shufflenet_v2_x0_5").state_dict()), "missing, first 'stage4.2"),
-    (lambda: more(whole("shufflenet_v2_x0_5").state_dict()), "no place for, first 'stage4.9"),
+    (lambda: more(whole("shufflenet_v2_x0_5").state_dict()), "that the network does not have, first 'stage4.9"),
     (dict, "0 of")])
 def test_weights_of_another_architecture(given, why, tmp_path):
     with pytest.raises(WeightsError, match=why): backbone("shufflenet_v2_x0_5", given())
     torch.save(given(), file := tmp_path / "shufflenetv2_x0.5-f707e7126e.pth")
-    with pytest.raises(WeightsError, match="shufflenetv2_x0.5.*another architecture.*ShuffleNet_V2_X0_5_Weights"):
+    with pytest.raises(WeightsError, match="shufflenetv2_x0.5.*the same architecture.*ShuffleNet_V2_X0_5_Weights"):
         backbone("shufflenet_v2_x0_5", file)
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
-    class Runs:
+    class RunStore:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "it ran"),)
-    torch.save({"fc.weight": Runs()}, file := tmp_path / "mine.pth")
-    with pytest.raises(WeightsError, match="mine.pth holds no weights that can be read safely.*torch.save"):
+    torch.save({"fc.weight": RunStore()}, file := tmp_path / "mine.pth")
+    with pytest.raises(WeightsError, match="mine.pth contains no weights that can be read safely.*torch.save"):
         backbone("shufflenet_v2_x0_5", file)
     assert not (tmp_path / "it ran").exists()
 

@@ -1,4 +1,4 @@
-"Arithmetic that is chosen by measuring, on a machine where nothing was measured yet: whatever a network takes, gives and is trained by."
+"PrecisionPolicy that is chosen by measuring, on a machine where nothing was measured yet: whatever a network takes, gives and is trained by."
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ftlib.train import precision
 from ftlib.train.learner import Learner
-from ftlib.train.precision import Arithmetic, fastest, measure
+from ftlib.train.precision import PrecisionPolicy, fastest, measure
 
 
 @pytest.fixture(autouse=True)
@@ -99,10 +99,10 @@ def test_a_layout_that_a_network_can_not_compute_in_is_left_out():
 def test_a_choice_that_was_made_for_another_network_of_the_same_name(monkeypatch):
     "The file says channels last, and this network can't: single precision, as if it had been measured"
     net = Net()
-    monkeypatch.setattr(precision, "choose", lambda table: Arithmetic(channels_last=True))
+    monkeypatch.setattr(precision, "choose", lambda table: PrecisionPolicy(channels_last=True))
     assert fastest(net, torch.rand(8, 3, 16, 16)).channels_last
     learn = trained(net=net)
-    assert learn.arithmetic == Arithmetic()
+    assert learn.precision_policy == PrecisionPolicy()
 
 
 def test_measuring_leaves_statistics_gradients_and_random_numbers():

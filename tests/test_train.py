@@ -26,7 +26,7 @@ from ftlib.models.network import Body, Network, Normalize
 from ftlib.train.learner import Learner
 from ftlib.train.lr_curve import LRCurve
 from ftlib.train.optimizer import TorchOptimizer
-from ftlib.train.precision import Arithmetic
+from ftlib.train.precision import PrecisionPolicy
 
 BOTH = pytest.mark.parametrize("cls", [FastaiLearner, Learner])
 
@@ -102,7 +102,7 @@ def test_short_sweeps(tmp_path):
 
 def test_a_sweep_without_batches(tmp_path):
     def empty(cls): return learner(cls, tmp_path, n=10)
-    for cls, error, says in ((FastaiLearner, ZeroDivisionError, "division"), (Learner, ValueError, "10 training pictures")):
+    for cls, error, says in ((FastaiLearner, ZeroDivisionError, "division"), (Learner, ValueError, "10 training images")):
         learn = empty(cls)
         learn.dls.loaders[0] = learn.dls.train.new(bs=64, drop_last=True)
         with pytest.raises(error, match=says): quietly(learn, "lr_find")
@@ -321,7 +321,7 @@ def test_momenta_follow_weights_that_lie_in_another_way(follows, tmp_path, monke
         set_seed(1)
         quietly(learn, "fit", 1, 1e-3)
         learn.model.to(memory_format=layout)
-        learn.arithmetic = Arithmetic("fp32", layout is torch.channels_last)
+        learn.precision_policy = PrecisionPolicy("fp32", layout is torch.channels_last)
         quietly(learn, "fit", 1, 1e-3)
     assert torch.allclose(*map(weights, learns), atol=1e-4) == follows
 

@@ -17,7 +17,7 @@ class TrainingStopped(KeyboardInterrupt):
 
 
 class _Guard:
-    "What the signal handler and the training loop share"
+    "State shared by the signal handler and the training loop"
     requested = False
 
     def handle(self, signum, frame):
@@ -25,7 +25,7 @@ class _Guard:
         self.requested = True
 
 
-_active = []  # The guard that has the signal, or nothing
+_active = []  # The guard that handles the signal, or empty
 
 
 def check_stop():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .cache import written
+from .cache import atomic_write
 
 # %% ../../nbs/04b_data.tables.ipynb #86625561
 def as_text(
@@ -36,4 +36,4 @@ def write_csv(
     if index:
         plain.index = pd.Index([as_text(v) for v in table.index], name=table.index.name)
         if kwargs.get('index_label') is not None: kwargs['index_label'] = as_text(kwargs['index_label'])
-    with written(Path(path)) as f: f.write(plain.to_csv(index=index, **kwargs).encode())
+    with atomic_write(Path(path)) as f: f.write(plain.to_csv(index=index, **kwargs).encode())

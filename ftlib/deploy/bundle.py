@@ -115,7 +115,7 @@ class Bundle(Predictor):
         self.about = about
 
     metrics = property(lambda self: pd.DataFrame(self.about['metrics']), doc='Figures on the validation set, with intervals, when it was written.')
-    history = property(lambda self: pd.DataFrame(self.about['history']), doc='One row an epoch.')
+    history = property(lambda self: pd.DataFrame(self.about['history']), doc='One row per epoch.')
 
     def learner(self,
         dls,       # Data from `image_data`, with the same classes or others

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..data.pictures import open_picture
+from ..data.decode import open_image
 from .predict import DeployError, Predictor, predictor
 from ..train.learner import Learner
 
@@ -141,7 +141,7 @@ def compare_onnx(
     for image, row in zip(images, found.to_dict('records')):
         if row['error'] is not None: continue
         ours = {row[f'class{end}']: row[f'probability{end}'] for end in [f'_{k}' * (k > 1) for k in range(1, len(shipped.classes) + 1)]}
-        pixels = np.asarray(open_picture(image)).transpose(2, 0, 1)[None]
+        pixels = np.asarray(open_image(image)).transpose(2, 0, 1)[None]
         theirs = session.run(None, {'image': np.ascontiguousarray(pixels)})[0][0]
         rows.append({'path': row['path'], 'class': row['class'], 'class in ONNX': shipped.classes[int(theirs.argmax())],
                      'difference': max(abs(float(p) - ours[c]) for c, p in zip(shipped.classes, theirs))})

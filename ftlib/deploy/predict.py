@@ -22,11 +22,11 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 import ftlib.evaluate.calibrate  # gives learners `calibration`
-from ..data.cache import shrunk
-from ..data.images import Middle
-from ..data.loader import OpenItem
-from ..data.pictures import PictureError
-from ..data.sources import _files, _is_picture, existing
+from ..data.cache import resize_short_side
+from ..data.images import CenterCrop
+from ..data.loader import LoadImage
+from ..data.decode import ImageError
+from ..data.sources import _files, _is_image, existing
 from ..train.learner import Learner
 
 # %% ../../nbs/70_deploy.predict.ipynb #46fae537
@@ -37,7 +37,7 @@ class DeployError(ValueError):
 @dataclass(frozen=True)
 class Preparation:
     "How an image becomes the network's input: the short side shrunk to at most `decode_side`, the middle cropped and resized to `size` × `size`, values 0 to 1"
-    size: int               # Pixels a side of the input
+    size: int               # Pixels per side of the input
     margin: float = 0.      # Share of the short side that is cut away
     decode_side: int|None = None  # Pixels; None leaves the decoded image as it is
 
@@ -48,8 +48,8 @@ class Preparation:
         "The preparation of a validation set. Raises `DeployError` where it is anything else than `image_data`'s own."
         valid = dls.loaders[-1]
         item, batch = [[f for f in p.fs if getattr(f, 'split_idx', None) in (None, 1)] for p in (valid.after_item, valid.after_batch)]
-        opened = [f for f in valid.dataset.tls[0].tfms.fs if isinstance(f, OpenItem)] if hasattr(valid.dataset, 'tls') else []
-        crops, odd = [f for f in item if isinstance(f, Middle)], [f for f in [*item, *batch] if not isinstance(f, (Middle, ToTensor, IntToFloatTensor))]
+        opened = [f for f in valid.dataset.tls[0].tfms.fs if isinstance(f, LoadImage)] if hasattr(valid.dataset, 'tls') else []
+        crops, odd = [f for f in item if isinstance(f, CenterCrop)], [f for f in [*item, *batch] if not isinstance(f, (CenterCrop, ToTensor, IntToFloatTensor))]
         if len(opened) != 1 or len(crops) != 1 or odd:
             name = type(odd[0]).__name__ if odd else type(dls).__name__
             raise DeployError(f"the validation images go through {name}, which is not a part of image_data's own preparation, so it cannot be written down as numbers. Build the data with image_data.")
@@ -57,7 +57,7 @@ class Preparation:
 
     def __call__(self, image) -> torch.Tensor:  # A path, bytes, an array, a PIL image → 3 × size × size bytes
         "One image. Raises `ImageError` where it cannot be decoded."
-        crop = Middle(self.size, self.margin).encodes(shrunk(image, self.decode_side))
+        crop = CenterCrop(self.size, self.margin).encodes(resize_short_side(image, self.decode_side))
         return torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1)
 
 # %% ../../nbs/70_deploy.predict.ipynb #d47b399c
@@ -68,7 +68,7 @@ def find_images(
     if isinstance(source, pd.DataFrame): found = _listed(source, Path())
     elif isinstance(source, (str, Path)) and Path(source).suffix.lower() == '.csv' and Path(source).is_file(): found = _listed(_table(source), Path(source).parent)
     elif isinstance(source, (str, Path)) and any(c in str(source) for c in '*?[') and not Path(source).exists(): found = [Path(p) for p in sorted(glob(str(source), recursive=True)) if Path(p).is_file()]
-    elif isinstance(source, (str, Path)): found = [p for p in _files(existing(source)) if _is_picture(p)] if Path(source).is_dir() else [existing(source)]
+    elif isinstance(source, (str, Path)): found = [p for p in _files(existing(source)) if _is_image(p)] if Path(source).is_dir() else [existing(source)]
     elif isinstance(source, (bytes, bytearray)) or hasattr(source, 'getpixel') or getattr(source, 'ndim', 0) in (2, 3): found = [source]
     else: found = list(source)
     if not found: raise DeployError(f'there are no images in {str(source)[:200]!r}. Give a folder, a pattern such as photographs/*.jpg, a CSV file with a column "path", or a list of paths.')
@@ -89,7 +89,7 @@ def _prepared(prepare, images, threads, ahead):
     "Each image with its pixels, or with the reason why there are none; at most `ahead` images are in memory"
     def one(image):
         try: return image, prepare(image), None
-        except (PictureError, OSError, MemoryError) as e: return image, None, str(e) or type(e).__name__
+        except (ImageError, OSError, MemoryError) as e: return image, None, str(e) or type(e).__name__
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for image in images:
@@ -113,7 +113,7 @@ def _batches(images, bs):
 class Predictor:
     "Classifies images. Made from a learner by `predictor(learn)`, or from a file by `load_bundle`."
     def __init__(self,
-        net:nn.Module,               # Images of values 0 to 1 in, one number a class out
+        net:nn.Module,               # Images of values 0 to 1 in, one number per class out
         classes,                     # Names
         prepare:Preparation,         # How an image becomes the network's input
         temperature:float=1.,        # The network's outputs are divided by it
@@ -150,7 +150,7 @@ class Predictor:
         source,                  # What `find_images` takes
         top:int=1,               # Classes for each image, the most probable first
         bs:int=64,               # Images in a batch
-        threads:int|None=None,   # That decode; by default one a core, at most 8
+        threads:int|None=None,   # That decode; by default one per core, at most 8
         threshold:float|None=None, # Answers of a lower probability are unsure; by default the predictor's own
         embeddings:bool=False,   # Also the features that the head gets, as a column of arrays
         progress:bool=True,      # Show a bar with images a second

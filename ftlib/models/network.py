@@ -15,14 +15,14 @@ from torch import nn
 
 # %% ../../nbs/10_models.network.ipynb #5dd639a3
 class Normalize(nn.Module):
-    "Shift and scale a batch of pictures (values 0 to 1, N×C×H×W) by one mean and one standard deviation per channel."
+    "Shift and scale a batch of images (values 0 to 1, N×C×H×W) by one mean and one standard deviation per channel."
     def __init__(self,
                  mean, # One number per channel
                  std,  # One number per channel, none of them 0
                 ):
         super().__init__()
         if len(mean) != len(std) or 0 in tuple(std):
-            raise ValueError(f'mean {tuple(mean)} and std {tuple(std)}: wanted one number per channel, and no std of 0')
+            raise ValueError(f'mean {tuple(mean)} and std {tuple(std)}: expected one number per channel, and no std of 0')
         self.register_buffer('mean', torch.tensor(tuple(mean), dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer('std', torch.tensor(tuple(std), dtype=torch.float32).view(-1, 1, 1))
 
@@ -36,7 +36,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 
 def is_norm(m: nn.Module # Any layer
            ) -> bool:
-    "Is `m` a normalization layer, of whatever kind or library?"
+    "Is `m` a normalization layer, of any kind or library?"
     if isinstance(m, _NORMS): return True
     if isinstance(m, Normalize) or 'norm' not in type(m).__name__.lower(): return False
     inside = any(True for c in m.children() for _ in c.parameters())
@@ -50,7 +50,7 @@ def _sliced(layers, i):
 
 
 class Body(nn.Sequential):
-    "A `Normalize` (or identity) and then named stages: pictures (N×C×H×W) in, features (N×`width`) or a map (N×`width`×H×W) out."
+    "A `Normalize` (or identity) and then named stages: images (N×C×H×W) in, features (N×`width`) or a map (N×`width`×H×W) out."
     __jit_unused_properties__ = ['stages', 'mean', 'std']
 
     def __init__(self,
@@ -58,7 +58,7 @@ class Body(nn.Sequential):
                  stages,         # Mapping of a stage's name to its module, in order
                  width,          # Features that come out
                  arch='custom',  # Name of the architecture
-                 input_size=224, # Side of the square pictures the architecture was made for, in pixels
+                 input_size=224, # Side of the square images the architecture was made for, in pixels
                  shapes=(),      # What comes out of each stage, without the batch dimension
                 ):
         super().__init__()
@@ -91,7 +91,7 @@ class Network(nn.Sequential):
     built_by = None  # By which of ftlib's builders, with which arguments, as JSON has them; None where it can't be built again from these
     __jit_unused_properties__ = ['body', 'head', 'stages', 'stage_names', 'shapes', 'mean', 'std', 'input_size', 'width', 'arch', 'frozen', 'keeps_statistics']
 
-    def __init__(self, body: Body, # Pictures to features, or to a map
+    def __init__(self, body: Body, # Images to features, or to a map
                  head: nn.Module,  # What the body hands on, to one number per class
                 ):
         super().__init__(body, head)
@@ -135,7 +135,7 @@ class Network(nn.Sequential):
     @property
     def arch(self): return self.body.arch
 
-    def tail(self, k # Stages that are passed over
+    def tail(self, k # Number of stages to skip
             ) -> nn.Sequential:
         "The rest of the network, which takes what the first `k` stages hand on. The layers are the network's own."
         n, stages = self._n_pool(), self.body.stages
@@ -149,7 +149,7 @@ class Network(nn.Sequential):
         return self.head[n - 1] if n and k == len(self.body.stages) else self.body.stages[k - 1]
 
     def _owned(self):
-        "Index of a part in `[*stages, head]` and the parameters it is the first to hold."
+        "For each part of `[*stages, head]` its index and its parameters, without those of earlier parts."
         seen, res = set(), []
         for i, part in enumerate([*self.stages, self.head]):
             ps = [p for p in part.parameters() if id(p) not in seen]
@@ -167,7 +167,7 @@ class Network(nn.Sequential):
         return [names[i] for i, _ in self._owned()]
 
     def freeze_to(self, n: int,   # First group that trains; negative counts from the end, 0 trains everything
-                  train_bn=False, # fastai's way: let the norms of the frozen stages go on learning
+                  train_bn=False, # Keep training the norms of the frozen stages, as in fastai
                  ):
         "Freeze the groups before `n`: their weights, their statistics and their dropout."
         owned = self._owned()
@@ -191,7 +191,7 @@ class Network(nn.Sequential):
 
     @property
     def keeps_statistics(self):
-        "Is `bn` 'still'? (The name of before.)"
+        "Deprecated: is `bn` 'still'?"
         return self.bn == 'still'
     @keeps_statistics.setter
     def keeps_statistics(self, value): self.bn = 'still' if value else 'moving'
@@ -200,7 +200,7 @@ class Network(nn.Sequential):
 
     @property
     def frozen(self):
-        "Number of leading stages whose output for a picture cannot change: those that were frozen, up to the first of which a weight trains."
+        "Number of leading stages with constant output: the frozen ones, up to the first that has a trainable weight."
         if self.train_bn or not self.frozen_to: return 0
         owned = self._owned()
         trains = (i for i, ps in owned[:self.frozen_to] if any(p.requires_grad for p in ps))
