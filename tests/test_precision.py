@@ -116,9 +116,9 @@ def test_measuring_leaves_statistics_gradients_and_random_numbers():
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9, *(f'{{"KEY": {v}}}' for v in ("5", "[]", '["fp64", true]', '["fp32"]', '["fp32", 1]', "null", '[["fp32"], true]'))])
 def test_a_damaged_list_of_choices_is_ignored(tmp_path, monkeypatch, text):
-    from ftlib.train.precision import _remembered
+    from ftlib.train.precision import _load_choices
     monkeypatch.setenv("FTLIB_CACHE", str(tmp_path))
     (tmp_path / "precision.json").write_text(text)
-    assert _remembered()[1] == {}
+    assert _load_choices()[1] == {}
     (tmp_path / "precision.json").write_text('{"a": ["bf16", true], "b": 3}')
-    assert _remembered()[1] == {"a": ["bf16", True]}
+    assert _load_choices()[1] == {"a": ["bf16", True]}

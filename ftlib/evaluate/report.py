@@ -18,7 +18,7 @@ from fastai.torch_core import to_np
 from fastcore.basics import patch
 from PIL import Image
 
-from .. import renamed_method
+from . import renamed_method
 from ..data.images import ImageData
 from ..data.loader import ImageDL, broken_mask
 from ..data.decode import ImageError, open_image

@@ -17,7 +17,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import to_np
 from fastcore.basics import patch
 
-from .. import renamed_method
+from . import renamed_method
 from ..data.images import image_data
 from ..data.loader import as_images
 from ..train.groups import TrainError

@@ -62,7 +62,7 @@ class FreezableLearner(FastaiLearner):
 
     def _group_lrs(self, lr, n, factors=None):
         "`group_lrs`, where the groups are stages of a list of any length up to theirs: three learning rates, as fastai's networks have, are dealt out"
-        return group_lrs(lr, n, factors, deal=self.splitter is stages)
+        return group_lrs(lr, n, factors, deal=self.splitter is stage_splitter)
 
     def create_opt(self):
         "Create an optimizer over the groups of the splitter, with one set of hyper-parameters each."
