@@ -18,7 +18,7 @@ from fastai.torch_core import to_np
 from fastcore.basics import patch
 from PIL import Image
 
-from . import renamed_method
+import ftlib
 from ..data.images import ImageData
 from ..data.loader import ImageDL, broken_mask
 from ..data.decode import ImageError, open_image
@@ -184,7 +184,7 @@ class Report:
         return [*(folder/f'{name}.csv' for name in tables), self.to_html(folder/'report.html', **kwargs)]
 
 
-Report.picture = renamed_method('picture', 'image')
+Report.picture = ftlib.renamed_method('picture', 'image')
 
 # %% ../../nbs/55_evaluate.report.ipynb #a73b3101
 @patch

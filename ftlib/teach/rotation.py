@@ -17,7 +17,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import to_np
 from fastcore.basics import patch
 
-from . import renamed_method
+import ftlib
 from ..data.images import image_data
 from ..data.loader import as_images
 from ..train.groups import TrainError
@@ -104,4 +104,4 @@ def show_rotations(self:Learner,
     return fig
 
 
-Learner.show_turns = renamed_method('show_turns', 'show_rotations')
+Learner.show_turns = ftlib.renamed_method('show_turns', 'show_rotations')
