@@ -419,9 +419,9 @@ def test_each_image_is_decoded_once(large, monkeypatch):
 def test_looking_at_a_batch_decodes_no_others(large):
     dls = data(large)
     dls.one_batch(), dls.train.show_batch(show=False)
-    assert not DecodedImages(side=24).at
+    assert not DecodedImages(side=24).offsets
     next(iter(dls.valid))
-    assert len(DecodedImages(side=24).at) == N
+    assert len(DecodedImages(side=24).offsets) == N
 
 
 def test_an_image_that_changes_is_seen(large):
@@ -479,7 +479,7 @@ def test_killed_while_images_are_written(large, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [p.suffix for p in (tmp_path / "kept").iterdir()] == [".new"]
-    assert not DecodedImages(side=20, folder=tmp_path / "kept").at
+    assert not DecodedImages(side=20, folder=tmp_path / "kept").offsets
     assert decoder(large, tmp_path / "kept", 0).communicate()[0].splitlines()[-1] == "done"
     assert DecodedImages(side=20, folder=tmp_path / "kept").get(large / "a" / "99.png")[0, 0].tolist() == [99, 0, 0]
 
@@ -499,5 +499,5 @@ def test_an_interrupted_decoding_is_tried_again(large, tmp_path, monkeypatch):
 def test_two_processes_decode_the_same(large, tmp_path):
     both = [decoder(large, tmp_path / "kept", .01) for _ in range(2)]
     assert [p.communicate()[0].splitlines()[-1] for p in both] == ["done"] * 2
-    assert len(DecodedImages(side=20, folder=tmp_path / "kept").at) == N
+    assert len(DecodedImages(side=20, folder=tmp_path / "kept").offsets) == N
     assert sorted(p.suffix for p in (tmp_path / "kept").iterdir()) == [".bin", ".json"]

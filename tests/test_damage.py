@@ -148,7 +148,7 @@ def test_what_others_can_write_is_not_believed(paths, tmp_path, capsys, which, c
         make(folder)
         for p in [folder] if which == "folder" else folder.glob(which): change(p)
         if names: assert len(FeatureStore(folder=folder).features(RECIPE).missing(names)) == 4
-        else: assert not DecodedImages(side=20, folder=folder).at
+        else: assert not DecodedImages(side=20, folder=folder).offsets
     if which == "folder":
         decoded(paths, tmp_path / "kept")
         assert capsys.readouterr().out.count("belongs to another user") == 1

@@ -46,7 +46,7 @@ def stage_features(
         names = image_names(dl)
         with data.set_split_idx(1):
             found = cached_forward(every, dl, names, precision=getattr(learn, 'precision', 'fp32'), dtype=torch.float32, fresh=True)
-            rows = [i for i, n in enumerate(names) if n in found.at]  # without images that cannot be opened
+            rows = [i for i, n in enumerate(names) if n in found.index]  # without images that cannot be opened
             parts.append(to_np(found.take(found.places([names[i] for i in rows]))))
             labels.append(to_np(targets_of(dl)[rows]))
     widths = [s[0] if first else s[-1] for s, first in zip(net.shapes, every.first)]
