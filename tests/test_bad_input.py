@@ -189,7 +189,7 @@ def test_images_that_a_network_cannot_take(folder, arch):
     ("fine_tune", (1, -1e-3), {}), ("fit", (1, "fast"), {}), ("fit", (1, 1e-3), dict(factors=[-1, 1])),
     ("lr_find", (), dict(start_lr=-1)),
     ("gradual_unfreeze", (1, -1.), {}), ("lr_find", (), dict(start_lr=1, end_lr=.1)),
-    ("lr_find", (), dict(num_it=3))], ids=str)
+    ("lr_find", (), dict(num_it=0))], ids=str)
 def test_rates(folder, call, args, kw):
     learn = learner(build(folder))
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}

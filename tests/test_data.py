@@ -283,7 +283,7 @@ def balance(folder, table): return folder, dict(balance="los"), "Did you mean 'l
 
 def unknown_label(folder, table):
     split = ["train"] * 23 + ["valid"]
-    return table.assign(split=split, label=[*table["label"][:23], "emus"]), dict(root=folder), "not in train: an but not in train. Did you mean 'emu'"
+    return table.assign(split=split, label=[*table["label"][:23], "emus"]), dict(root=folder), "but not in train. Did you mean 'emu'"
 
 
 @pytest.mark.parametrize("case", [
