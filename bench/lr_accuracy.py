@@ -40,7 +40,9 @@ def fastai_valley(learn):
     with tempfile.TemporaryDirectory() as folder:
         plain = Learner(learn.dls, copy.deepcopy(learn.model), loss_func=learn.loss_func, splitter=learn.splitter, path=folder)
         plain.remove_cb(ProgressCallback)
-        with plain.no_logging(), on_features(plain, valid=False):
+        plain.create_opt()
+        with plain.no_logging(), on_features(plain, valid=False) as skipped:
+            if skipped: plain.model = plain.tail
             try: return float(plain.lr_find(suggest_funcs=valley, show_plot=False).valley)
             except IndexError: return float("nan")  # a sweep of a few points
 

@@ -44,7 +44,9 @@ def by_fastai(learn, folder):
     plain = Learner(learn.dls, learn.model, loss_func=learn.loss_func, splitter=learn.splitter, path=folder)
     plain.remove_cb(ProgressCallback)
     start = time.perf_counter()
-    with plain.no_logging(), on_features(plain, valid=False):  # the same batches, computed once for both
+    plain.create_opt()
+    with plain.no_logging(), on_features(plain, valid=False) as skipped:  # the same batches, computed once for both
+        if skipped: plain.model = plain.tail
         found = plain.lr_find(suggest_funcs=[or_none(getattr(schedule, name)) for name in FASTAI], show_plot=False)
     return found._asdict() | {"fastai s": time.perf_counter() - start}
 

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,20 +193,20 @@ def test_another_course_is_refused_and_named(folder, tmp_path):
         before = [p.clone() for p in learn.model.parameters()]
         with pytest.raises(CheckpointError, match=said): fit(learn, *args, **dict(cbs=Dies()) | kwargs)
         assert all(map(torch.equal, before, learn.model.parameters()))
-    refused("epochs 3, now 4", learner(folder), 4, 1e-2)
-    refused(r"rates \[0.01, .*\], now \[0.02", learner(folder), 3, 2e-2)
+    refused("epochs 3 → 4", learner(folder), 4, 1e-2)
+    refused(r"rates \[0.01, .*\] → \[0.02", learner(folder), 3, 2e-2)
     refused("other schedule", learner(folder), 3, 1e-2, pct_start=.9)
-    refused("weight decay None, now 0.1", learner(folder), 3, 1e-2, wd=.1)
+    refused("weight decay None → 0.1", learner(folder), 3, 1e-2, wd=.1)
     refused("optimizer", learner(folder, opt_func=torch.optim.SGD), 3, 1e-2)
-    refused(r"callbacks \['Dies\(\)'\], now \['MixUp\(\)'\]", learner(folder), 3, 1e-2, cbs=MixUp())
+    refused(r"callbacks \['Dies\(\)'\] → \['MixUp\(\)'\]", learner(folder), 3, 1e-2, cbs=MixUp())
     frozen = learner(folder)
     frozen.freeze()
-    refused("frozen groups 0, now 2", frozen, 3, 1e-2)
+    refused("frozen groups 0 → 2", frozen, 3, 1e-2)
     other = learner(folder)
     other.dls = image_data(folder, size=16, bs=8, valid=.3, seed=7, num_workers=0)
     refused("other images, labels and transforms", other, 3, 1e-2)
     other.dls = image_data(folder, size=16, bs=4, valid=.3, num_workers=0)
-    refused("batch size 8, now 4", other, 3, 1e-2)
+    refused("batch size 8 → 4", other, 3, 1e-2)
     other = learner(folder)
     other.model.head[1] = nn.Linear(16, 5)
     other.opt = None
@@ -275,7 +276,7 @@ def test_a_damaged_file_is_passed_over(folder, tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_file_system_that_fails(name, number, folder, tmp_path, monkeypatch):
     "At each call in turn: Training continues, and what was kept before can be read"
-    from ftlib.data import cache
+    from ftlib.data import files
     def failing(*args, **kwargs):
         calls.append(name)
         if len(calls) == at: raise OSError(number, os.strerror(number))
@@ -289,13 +290,15 @@ def test_a_file_system_that_fails(name, number, folder, tmp_path, monkeypatch):
         nonlocal real
         real = f.write
         return failing
-    def opened(*args): return failing(*args) if name == "open" else File(open(*args)) if name == "write" else open(*args)
+    def opened(*args):
+        if Path(args[0]).parent != place or args[1] != "w+b": return open(*args)  # no checkpoint is written
+        return failing(*args) if name == "open" else File(open(*args)) if name == "write" else open(*args)
     for at in (1, 2, 3, 4):
         calls, place, real = [], tmp_path / f"{at}", {"open": open, "fsync": os.fsync, "replace": os.replace, "write": None}[name]
         learn = learner(folder, cache=False)
         with monkeypatch.context() as m, learn.no_bar(), learn.no_logging(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            m.setattr(cache, "open", opened, raising=False)
+            m.setattr(files, "open", opened, raising=False)
             if name in ("fsync", "replace"): m.setattr(os, name, failing)
             learn.fit(4, 1e-2, checkpoint=place)
         assert len(calls) >= 4 and any("could not write checkpoint" in str(w.message) for w in said)

@@ -150,7 +150,7 @@ def interrupted(make, times, seed):
     return came
 
 
-def test_some_interruptions(make): assert interrupted(make, 6, 0) > 1
+def test_some_interruptions(make): assert interrupted(make, 6, 0) > 0
 
 
 @pytest.mark.slow

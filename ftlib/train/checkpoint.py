@@ -117,7 +117,7 @@ def difference(
         old, new = then.get(k), now[k]
         if k == 'layers' and old is not None: old, new = next(((a, b) for a, b in zip(old, new) if a != b), (f'{len(old)} lines', f'{len(new)} lines'))
         if k == 'callbacks': old, new = ([o for o in a if o not in b] for a, b in ((old, new), (new, old)))
-        short = all(len(str(o)) < 100 for o in (old, new)) and not k.startswith(('network', 'images'))
+        short = all(len(str(o)) < 100 for o in (old, new)) and not k.startswith(('network', 'images', 'schedule'))
         said.append(f'{k} {old} → {new}' if short else f'{"another" if k == "network" else "other"} {k}')
     return '; '.join(said)
 
