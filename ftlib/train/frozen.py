@@ -146,7 +146,7 @@ def _undeclared(cls):
     "Says once for each class how it can be declared"
     hint = '' if cls in _HINTED else ': if it does not, declare `uses_images = False` in its class'
     _HINTED.add(cls)
-    return f'may look at images{hint}'
+    return f"may need images{hint}"
 
 
 _HINTED = set()
@@ -163,7 +163,7 @@ def why_not_cached(
               if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
     if hooked: return f'there is a hook on a {type(hooked[0]).__name__} of the frozen stages'
     for cb in [*learn.cbs, *cbs, *(m for m in learn.metrics if not type(m).__module__.startswith(('fastai.', 'ftlib.')))]:
-        if (looks := uses_images(cb)) or looks is None: return f'{type(cb).__name__} {"looks at images" if looks else _undeclared(type(cb))}'
+        if (looks := uses_images(cb)) or looks is None: return f'{type(cb).__name__} {"needs images" if looks else _undeclared(type(cb))}'
     for dl in learn.dls.loaders[:2]:
         data = getattr(dl, 'dataset', None)
         if not isinstance(data, Datasets) or len(data.tls) != 2 or dl.bs is None:
