@@ -272,7 +272,7 @@ def no_folder(folder, table): return folder.parent / "pet", {}, "Did you mean 'p
 def no_split(folder, table): return table.assign(split="trian"), dict(root=folder), "Did you mean 'train'"
 def only_valid(folder, table): return table.assign(split="valid"), dict(root=folder), "no training images"
 def odd_length(folder, table): return (list(table["path"]), ["cat"]), {}, "24 images but 1 labels"
-def strange(folder, table): return 7, {}, "can't be read from a int"
+def strange(folder, table): return 7, {}, "cannot read images from a int"
 def size_0(folder, table): return folder, dict(size=0), "size=0"
 def valid_low(folder, table): return folder, dict(valid=-.2), "valid=-0.2"
 def valid_high(folder, table): return folder, dict(valid=1), "valid=1"

@@ -183,7 +183,7 @@ def test_the_rate_comes_down_under_a_schedule(way):
 def test_a_loss_that_was_never_finite_ends_the_fit(capsys):
     learn = learner(Learner)
     with learn.no_bar(), pytest.warns(UserWarning, match="ended with a loss of"): learn.fit(6, 1e30, cbs=EarlyStopping(patience=2))
-    assert len(learn.history) == 2 and "valid_loss was not finite in 2 epochs" in capsys.readouterr().out
+    assert len(learn.history) == 2 and "valid_loss was not finite for 2 epochs" in capsys.readouterr().out
 
 
 # ---- earlier fits of the same network

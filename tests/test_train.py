@@ -141,7 +141,7 @@ def test_smoothing_does_not_lag():
         smoothed = torch.lerp(torch.tensor(loss, dtype=torch.float32), smoothed, .98)
         theirs.append(float(smoothed / (1 - .98 ** (i + 1))))
     assert lrs[int(np.argmin(theirs))] > 3e-2
-    assert 8e-3 < 10 ** LRCurve(lrs, losses).x[LRCurve(lrs, losses).bottom] < 1.25e-2
+    assert 8e-3 < 10 ** LRCurve(lrs, losses).x[LRCurve(lrs, losses).i_min] < 1.25e-2
 
 
 def test_the_plot_marks_what_is_told(tmp_path):
@@ -151,6 +151,7 @@ def test_the_plot_marks_what_is_told(tmp_path):
     assert not np.isclose(told, marked).any(), "fastai tells a tenth and marks the minimum"
     plt.close("all")
     found = quietly(learner(Learner, tmp_path), "lr_find")
+    found.plot()
     marks = [line.get_xdata()[0] for line in plt.gca().lines if len(line.get_xdata()) <= 2]
     plt.close("all")
     for rate in found: assert np.isclose(rate, marks).any()

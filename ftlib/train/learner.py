@@ -23,9 +23,8 @@ from fastai.learner import join_path_file, save_model
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device, to_cpu, to_device, to_float
-from fastcore.basics import defaults, detuplify
+from fastcore.basics import defaults, detuplify, noop
 from fastcore.foundation import L
-from fastcore.imports import noop
 from torch import nn
 
 from ..data.cache import atomic_write
