@@ -52,7 +52,7 @@ _ROOMS = {
     "evaluate.threshold": "choose_threshold detection",
     "evaluate.gradcam": "",
     "evaluate.labels": "",
-    "deploy.predict": "predict_images predictor DeployError",
+    "deploy.predict": "predict_images as_predictor DeployError",
     "deploy.bundle": "save_bundle load_bundle",
     "deploy.onnx": "write_onnx",
     "experiment.paired": "CompareError paired_test",

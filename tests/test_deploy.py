@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ftlib.data.images import image_data
 from ftlib.deploy.bundle import load_bundle
-from ftlib.deploy.predict import DeployError, predict_images, predictor
+from ftlib.deploy.predict import DeployError, predict_images, as_predictor
 from ftlib.models.cnn import cnn
 from ftlib.train.vision import vision_learner
 
@@ -189,4 +189,4 @@ def test_architectures_by_name(photographs, tmp_path, arch):
     dls = image_data(photographs, size=size, bs=4, valid=.4, num_workers=0, seed=0)
     learn = vision_learner(dls, arch.removeprefix("timm:"), weights=None, metrics=accuracy, seed=0)
     found = load_bundle(learn.bundle(tmp_path / "net.ftl"))
-    assert predictor(learn).predict_images(photographs, top=2, progress=False).equals(found.predict_images(photographs, top=2, progress=False))
+    assert as_predictor(learn).predict_images(photographs, top=2, progress=False).equals(found.predict_images(photographs, top=2, progress=False))

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 import ftlib
 import ftlib.evaluate.calibrate  # gives learners `evaluate` and `calibration`
-from .predict import DeployError, Predictor, Preparation, predictor
+from .predict import DeployError, Predictor, Preparation, as_predictor
 from ..models.arch import timm_names, torchvision_names
 from ..models.backbone import create_network
 from ..models.cnn import cnn
@@ -70,7 +70,7 @@ def save_bundle(
 ) -> Path:
     "Write the classifier as one file, after it was loaded again and gave the same answers. Raises `DeployError`, and leaves no file, where it cannot be shipped."
     from safetensors.torch import save_file
-    path, shipped = Path(path), predictor(learn)
+    path, shipped = Path(path), as_predictor(learn)
     if path.is_dir(): raise DeployError(f'{path} is a folder: name a file in it, such as {path / "model.ftl"}.')
     about = _about(learn, shipped, report or learn.evaluate(), licence, author, notes)
     # cloned, so that tensors that share memory are written too; contiguous, whatever layout they train in

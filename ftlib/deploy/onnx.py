@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..data.decode import open_image
-from .predict import DeployError, Predictor, predictor
+from .predict import DeployError, Predictor, as_predictor
 from ..train.learner import Learner
 
 # %% ../../nbs/72_deploy.onnx.ipynb #97b8aa1a
@@ -84,7 +84,7 @@ def write_onnx(
     opset:int=18,
 ) -> pd.DataFrame:             # One row an image: path, class, in ONNX, difference of probabilities
     "Write an ONNX file: bytes N × 3 × h × w of any size in, probabilities out, with classes and threshold as metadata. Raises `DeployError`, and leaves no file, where it gives other classes than the learner."
-    runtime, shipped, path = _runtime(), predictor(learn), Path(path)
+    runtime, shipped, path = _runtime(), as_predictor(learn), Path(path)
     if images is None:
         if isinstance(learn, Predictor): raise DeployError('a bundle holds no images to compare on: give some, images=.')
         images = [item.source for item in learn.dls.valid_ds.tls[0].items]
@@ -135,7 +135,7 @@ def compare_onnx(
     runtime=None,  # onnxruntime
 ) -> pd.DataFrame: # One row an image that can be decoded: path, class, class in ONNX, difference (largest of a probability)
     "What a file answers, beside the network that it was made from. The file gets each image as it is, the network as it is prepared for validation."
-    shipped, rows = predictor(model), []
+    shipped, rows = as_predictor(model), []
     session = (runtime or _runtime()).InferenceSession(str(path), providers=['CPUExecutionProvider'])
     found = shipped.predict_images(images, top=len(shipped.classes), progress=False)
     for image, row in zip(images, found.to_dict('records')):
