@@ -1,1 +1,1 @@
-"""From files to batches: sources, splits, transforms and the audit of pictures."""
+"""From files to batches: sources, splits, transforms and the audit of images."""

@@ -1,1 +1,1 @@
-"""From a trained network to numbers and pictures to trust."""
+"""From a trained network to numbers and plots to trust."""

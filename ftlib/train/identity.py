@@ -93,7 +93,7 @@ class _Walk:
             self.see(k)
             self.see(v)
 
-    def library(self, module_name, name):
+    def put_library(self, module_name, name):
         self.put('library', module_name or '', name, version_of(module_name or '') if self.versions else '')
 
     # ---- code
@@ -101,7 +101,7 @@ class _Walk:
     def function(self, f):
         own = not is_library_function(f)
         if own: self.put('function')
-        else: self.library(f.__module__, f.__qualname__)
+        else: self.put_library(f.__module__, f.__qualname__)
         for cell in f.__closure__ or ():
             try: value = cell.cell_contents
             except ValueError: value = 'not set yet'
@@ -136,7 +136,7 @@ class _Walk:
 
     def module(self, m):
         "Of the user's own modules what the code names, when all code was seen"
-        if is_library_module(m.__name__, getattr(m, '__file__', None)): return self.library(m.__name__, '')
+        if is_library_module(m.__name__, getattr(m, '__file__', None)): return self.put_library(m.__name__, '')
         self.put('module', m.__name__)
         self.modules[m.__name__] = m
 
@@ -156,7 +156,7 @@ class _Walk:
     def cls(self, c):
         "A library's class by its name; of others all that stands in them and their bases"
         name = c.__qualname__
-        if is_library_class(c): return self.library(c.__module__ if isinstance(c.__module__, str) else '', name)
+        if is_library_class(c): return self.put_library(c.__module__ if isinstance(c.__module__, str) else '', name)
         self.put('class', name)
         self.see_all('bases', c.__bases__)
         self.see(type(c))
