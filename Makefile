@@ -18,7 +18,7 @@ QUIET  += PYTHONWARNINGS='ignore:IProgress not found,ignore:`torch.jit,ignore::D
 help:
 	@echo "make demo   train on solar cells (or digits), print the table, write the plots: at most five minutes"
 	@echo "make test   all that is checked before a change goes in"
-	@echo "make outputs NB=nbs/20_train.schedule.ipynb   run a notebook, keep its outputs, write its module"
+	@echo "make outputs NB=nbs/45_lr.schedule.ipynb   run a notebook, keep its outputs, write its module"
 	@echo "make slow   the long tests and the slow cells of notebooks"
 	@echo "make docs   the site, in docs/_build/html"
 	@echo "make faults trainings killed 200 times at random moments; each must end on the same weights"
@@ -46,7 +46,7 @@ notebooks: $(READY)
 	$(QUIET) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -q -n $(JOBS) --dist worksteal $(ROOMS)
 
 outputs: $(READY)
-	@test -n "$(NB)" || { echo "which? make outputs NB=nbs/20_train.schedule.ipynb"; exit 1; }
+	@test -n "$(NB)" || { echo "which? make outputs NB=nbs/45_lr.schedule.ipynb"; exit 1; }
 	$(BIN)/nbdev-export
 	$(QUIET) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -q --overwrite $(NB)
 	for nb in $(NB); do $(BIN)/nbdev-clean --fname $$nb; done

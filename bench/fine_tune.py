@@ -17,7 +17,7 @@ from fastai.vision import all as fv
 from results import Results, arguments
 
 import ftlib
-from ftlib.demo import solar_cells as demo
+from ftlib.data.examples import solar_cells as demo
 from ftlib.evaluate.intervals import mean_interval
 
 

@@ -15,8 +15,8 @@ from learners import fastai_learner, ftlib_learner
 from fastai.callback.progress import ProgressCallback
 from results import Results, arguments
 
-from ftlib.data.cache import clear_cache
-from ftlib.train import frozen
+from ftlib.system.files import clear_cache
+from ftlib.cache import features as frozen
 
 
 def by_ftlib(*args, views, **kwargs):

@@ -20,8 +20,8 @@ from fine_tune import chosen
 from results import Results, arguments
 
 import ftlib
-from ftlib.train.frozen import on_features
-from ftlib.train.lr_find import HEAD_LR, WHOLE_LR
+from ftlib.cache.features import on_features
+from ftlib.lr.finder import HEAD_LR, WHOLE_LR
 
 
 def made(table, args, arch, weights, seed):

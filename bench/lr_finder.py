@@ -20,8 +20,8 @@ from fastai.metrics import accuracy
 from results import Results, arguments
 
 import ftlib
-from ftlib.train.frozen import on_features
-from ftlib.train.lr_find import HEAD_LR, WHOLE_LR, WITHIN
+from ftlib.cache.features import on_features
+from ftlib.lr.finder import HEAD_LR, WHOLE_LR, WITHIN
 
 OURS, FASTAI = ["lr_min", "lr_steep", "suggested"], ["minimum", "steep", "valley", "slide"]
 

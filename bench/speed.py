@@ -23,9 +23,9 @@ from results import arguments
 from torch import nn
 
 import ftlib
-from ftlib.data.cache import clear_cache
-from ftlib.train import frozen
-from ftlib.train.optimizer import build_optimizer
+from ftlib.system.files import clear_cache
+from ftlib.cache import features as frozen
+from ftlib.lr.optimizer import build_optimizer
 
 ROWS = {}
 

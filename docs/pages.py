@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
 SKIPPED = {"FrontmatterProc", "insert_warning", "add_links", "add_fold", "clean_show_doc"}
 PACKAGES = {
-    "data": "data: files → batches", "models": "models: a name → a network", "train": "train: network + batches → trained",
-    "teach": "teach: more to learn from than labels", "evaluate": "evaluate: a trained network → numbers to trust", "experiment": "experiment: one run → many", "deploy": "deploy", "": "the whole run",
+    "data": "data: files → batches", "models": "models: a name → a network", "lr": "lr: learning rates", "train": "train: network + batches → trained",
+    "callbacks": "callbacks", "teach": "teach: more to learn from than labels", "evaluate": "evaluate: a trained network → numbers to trust",
+    "experiment": "experiment: one run → many", "deploy": "deploy: a trained network → use", "": "the whole run", "cli": "the command line",
+    "cache": "internals: cached features", "metrics": "internals: metrics", "persist": "internals: state and files", "system": "internals: the ground",
 }
 IN_TABLE = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "})
 
@@ -120,7 +122,7 @@ class ForSphinx(processors.FilterDefaults):
 
 
 def page_name(path):
-    "`nbs/20_train.schedule.ipynb` → `train.schedule`; folders are kept"
+    "`nbs/45_lr.schedule.ipynb` → `lr.schedule`; folders are kept"
     path = Path(path).relative_to(ROOT / "nbs")
     return path.with_name(re.sub(r"^\d+[a-z]?_", "", path.stem)).as_posix()
 

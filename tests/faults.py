@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from test_checkpoint import each_two_steps, learner, images, train
 
-from ftlib.train.checkpoint import Checkpoint
+from ftlib.persist.checkpoint import Checkpoint
 
 SETTINGS = {"features kept": {}, "images each time": dict(cache=False), "features, each two steps": dict(how=each_two_steps),
             "images, each two steps": dict(cache=False, how=each_two_steps)}

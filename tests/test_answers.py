@@ -23,15 +23,15 @@ import ftlib.evaluate.calibrate  # noqa: F401  gives a learner `calibrate`, `cla
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
 from ftlib.models.network import Body, Network
-from ftlib.train.callback_state import load_callback_state, callback_state
-from ftlib.train.checkpoint import CheckpointError
-from ftlib.train.frozen import MixFeatures
-from ftlib.train.groups import TrainError
+from ftlib.persist.callback_state import load_callback_state, callback_state
+from ftlib.errors import CheckpointError
+from ftlib.cache.features import MixFeatures
+from ftlib.errors import TrainError
 from ftlib.train.learner import Learner
-from ftlib.train.metrics import MetricError
-from ftlib.train.packed import read_packed, write_packed
-from ftlib.train.stopping import EarlyStopping
-from ftlib.train.trackers import CSVLogger, SaveModelCallback
+from ftlib.errors import MetricError
+from ftlib.persist.packed import read_packed, write_packed
+from ftlib.callbacks.stopping import EarlyStopping
+from ftlib.callbacks.trackers import CSVLogger, SaveModelCallback
 from ftlib.train.vision import vision_learner
 
 IMAGES, LABELS = (load_digits().images * 255 / 16).astype("uint8"), load_digits().target
@@ -217,7 +217,7 @@ def test_metrics_of_torchmetrics(dls):
 def test_metrics_by_name_and_wrong_ones(dls):
     assert list(tiny(dls, metrics=["accuracy", "error_rate", "top2", partial(accuracy, axis=-1)]).metrics.attrgot("name")) == ["accuracy", "error_rate", "top2", "accuracy(axis=-1)"]
     assert tiny(dls, metrics="accuracy").metrics[0].func is accuracy and tiny(dls, metrics="error_rate").metrics[0].func is error_rate
-    with pytest.raises(MetricError, match="did you mean 'accuracy'"): tiny(dls, metrics="acuracy")
+    with pytest.raises(MetricError, match="Did you mean 'accuracy'"): tiny(dls, metrics="acuracy")
     with pytest.raises(MetricError, match="no metric"): tiny(dls, metrics=[.5])
     for name in ("phase", "epoch", "valid_loss", "lr", "time"):
         def metric(p, y): return torch.tensor(1.)

@@ -12,20 +12,21 @@ from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from PIL import Image
 
-from ftlib.cli import main
+from ftlib.cli.parser import main
 from ftlib.data.audit import audit
 from ftlib.data.images import image_data
-from ftlib.data.decode import DataError, ImageError
-from ftlib.models.arch import ArchError
+from ftlib.errors import DataError, ImageError
+from ftlib.errors import ArchError
 from ftlib.models.backbone import create_network
 from ftlib.models.cnn import cnn
-from ftlib.models.weights import WeightsError
-from ftlib.recipe import RunError, fine_tune_run
-from ftlib.train.groups import TrainError
+from ftlib.errors import WeightsError
+from ftlib.errors import RunError
+from ftlib.experiment.pipeline import fine_tune_run
+from ftlib.errors import TrainError
 from ftlib.train.learner import Learner
-from ftlib.train.lr_curve import CurveError
-from ftlib.train.metrics import top_k
-from ftlib.train.schedule import RateError
+from ftlib.errors import CurveError
+from ftlib.metrics.metric import top_k
+from ftlib.errors import RateError
 from ftlib.train.vision import vision_learner
 
 
@@ -144,8 +145,8 @@ def test_images_in_memory_that_are_nan():
 
 # ---- networks and weights
 
-@pytest.mark.parametrize("arch,said", [("resnt18", "did you mean resnet18"), ("timm/resnt18", "did you mean resnet18"),
-                                       ("efficientnet-b0", "did you mean.*efficientnet_b0"),
+@pytest.mark.parametrize("arch,said", [("resnt18", "Did you mean 'resnet18'"), ("timm/resnt18", "Did you mean 'resnet18'"),
+                                       ("efficientnet-b0", "Did you mean.*efficientnet_b0"),
                                        ("mein netz", "no model 'mein netz'"), (7, "no model '7'")])
 def test_names_of_networks(arch, said):
     with pytest.raises(ArchError, match=said): create_network(arch, 2, weights=None)
@@ -286,7 +287,7 @@ def of_another(folder):
     (f"train t.csv {TRAIN}", missing, "DataError", "missing, no such file"),
     (f"train pets {TRAIN} --valid 0", None, "RunError", "no validation set"),
     (f"train pets {TRAIN} --bs 0", None, "DataError", "bs=0"),
-    ("train pets --arch resnt18", None, "ArchError", "did you mean resnet18"),
+    ("train pets --arch resnt18", None, "ArchError", "Did you mean 'resnet18'"),
     ("train pets --arch resnet18 --weights other.pth", of_another, "WeightsError", "do not match resnet18"),
     ("train pets --arch resnet18 --weights imagnet", None, "WeightsError", "no weights 'imagnet'"),
     (f"train {NAN} --lr 1e-3", nan_weights, "TrainError", "the loss of the first batch is nan"),

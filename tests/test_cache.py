@@ -20,12 +20,13 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
-from ftlib.data.cache import DecodedImages, image_hash, evict_lru
+from ftlib.data.cache import DecodedImages, image_hash
+from ftlib.system.files import evict_lru
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
-from ftlib.train.frozen import MixFeatures, cached_features, is_random, on_features, cached_forward
-from ftlib.train.store import FeatureStore
-from ftlib.train.uses_images import uses_images
+from ftlib.cache.features import MixFeatures, cached_features, is_random, on_features, cached_forward
+from ftlib.cache.store import FeatureStore
+from ftlib.cache.uses_images import uses_images
 from ftlib.train.vision import vision_learner
 
 N = 24
@@ -301,7 +302,7 @@ def test_a_callback_declares_whether_it_uses_images(folder, capsys, cls, cached,
 
 
 def test_every_callback_of_ftlib_declares_it():
-    import ftlib.recipe, ftlib.teach.hints, ftlib.teach.rotation  # noqa: F401, E401
+    import ftlib.experiment.pipeline, ftlib.teach.hints, ftlib.teach.rotation  # noqa: F401, E401
     found, todo = set(), [Callback]
     while todo: found |= set(todo := [c for parent in todo for c in parent.__subclasses__()])
     ours = [c for c in found if c.__module__.startswith("ftlib.")]
@@ -344,7 +345,7 @@ def test_a_full_disk_costs_time_only(folder, tmp_path, capsys):
 
 WRITER = """
     import sys, time, torch
-    from ftlib.train.store import FeatureStore
+    from ftlib.cache.store import FeatureStore
     store, names = FeatureStore(memory=0, folder=sys.argv[1]), [f"p{i}" for i in range(200)]
     with store.block(store.features("0" * 32), names, (1000,), torch.float32) as block:
         for i in range(200):

@@ -22,11 +22,13 @@ from torch import nn
 
 from ftlib.data.images import image_data
 from ftlib.models.network import Body, Network, Normalize
-from ftlib.train.checkpoint import Checkpoint, CheckpointError, checkpoints, load_checkpoint
+from ftlib.persist.checkpoint import Checkpoint, checkpoints, load_checkpoint
+from ftlib.errors import CheckpointError
 from ftlib.train.learner import Learner
-from ftlib.train.metrics import MetricError
-from ftlib.train.packed import DamagedError, read_packed, write_packed
-from ftlib.train.stopping import EarlyStopping
+from ftlib.errors import MetricError
+from ftlib.errors import DamagedError
+from ftlib.persist.packed import read_packed, write_packed
+from ftlib.callbacks.stopping import EarlyStopping
 
 
 class Killed(BaseException):
@@ -246,7 +248,7 @@ def test_a_state_of_another_version_is_refused(folder, tmp_path):
 
 def test_a_monitor_that_is_not_there(folder, tmp_path):
     learn = learner(folder)
-    with pytest.raises(MetricError, match="did you mean 'accuracy'"): learn.fit(1, 1e-2, checkpoint=Checkpoint(tmp_path, monitor="acuracy"))
+    with pytest.raises(MetricError, match="Did you mean 'accuracy'"): learn.fit(1, 1e-2, checkpoint=Checkpoint(tmp_path, monitor="acuracy"))
     bare = Learner(learn.dls, network(), loss_func=CrossEntropyLossFlat(), default_cbs=False)
     with pytest.raises(CheckpointError, match="default_cbs=False"): bare.fit(1, 1e-2, checkpoint=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -276,7 +278,7 @@ def test_a_damaged_file_is_passed_over(folder, tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_file_system_that_fails(name, number, folder, tmp_path, monkeypatch):
     "At each call in turn: Training continues, and what was kept before can be read"
-    from ftlib.data import files
+    from ftlib.system import files
     def failing(*args, **kwargs):
         calls.append(name)
         if len(calls) == at: raise OSError(number, os.strerror(number))

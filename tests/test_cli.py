@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ftlib.cli import main
+from ftlib.cli.parser import main
 
 REPORT = {"report.html", *(f"{n}.csv" for n in ("figures", "per_class", "confusion", "errors", "calibration"))}
 SMALL = "--arch cnn --size 32 --bs 8".split()
@@ -113,7 +113,7 @@ def test_what_was_trained_on_is_not_evaluated(shell, stripes):
 
 def test_a_plot_that_fails_costs_no_weights(shell, stripes, monkeypatch):
     def fails(draw, path): raise ValueError("no such font")
-    monkeypatch.setattr("ftlib.recipe.save_figure", fails)
+    monkeypatch.setattr("ftlib.experiment.pipeline.save_figure", fails)
     done = check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
     assert (shell.folder / "out" / "weights.safetensors").exists() and "no such font" in done.stderr
     assert (shell.folder / "out" / "summary.csv").exists()

@@ -21,16 +21,16 @@ import ftlib
 from ftlib.models.network import Body, Network, Normalize
 from ftlib.teach.distill import Distill
 from ftlib.teach.hints import Hints
-from ftlib.train.best import BestWeights
-from ftlib.train.callback_state import callback_state
+from ftlib.callbacks.best import BestWeights
+from ftlib.persist.callback_state import callback_state
 from ftlib.train.fits import CheckFiniteLoss
 from ftlib.train.groups import EvalFrozenModules
-from ftlib.train.history import EpochLog, Recorder
+from ftlib.callbacks.history import EpochLog, Recorder
 from ftlib.train.learner import Learner
-from ftlib.train.lr_find import LRSweep
-from ftlib.train.progress import Progress
-from ftlib.train.stopping import EarlyStopping
-from ftlib.train.trackers import MonitorCallback, ReduceLROnPlateau
+from ftlib.lr.finder import LRSweep
+from ftlib.callbacks.progress import Progress
+from ftlib.callbacks.stopping import EarlyStopping
+from ftlib.callbacks.trackers import MonitorCallback, ReduceLROnPlateau
 
 # How those are made that want something said; the others are made of nothing.
 MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ftlib.data.cache import DecodedImages, resize_short_side
-from ftlib.data.files import checksum, clear_cache, own_files, own_folder, evict_lru, atomic_write
-from ftlib.train.store import FeatureStore, StoreError
+from ftlib.system.files import checksum, clear_cache, own_files, own_folder, evict_lru, atomic_write
+from ftlib.cache.store import FeatureStore
+from ftlib.errors import StoreError
 
 RECIPE = "0" * 32
 
@@ -92,7 +93,7 @@ def test_damage_between_two_passes(paths, tmp_path, damage):
 SHRINKS = """
     import os, sys
     from pathlib import Path
-    from ftlib.train.store import FeatureStore
+    from ftlib.cache.store import FeatureStore
     store = FeatureStore(folder=sys.argv[1])
     found = store.features("0" * 32)
     os.truncate(next(Path(sys.argv[1]).glob("*.bin")), 100)

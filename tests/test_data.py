@@ -18,7 +18,7 @@ from PIL import Image
 from ftlib.data.audit import audit
 from ftlib.data.images import UniformErasing, ImageData, image_data
 from ftlib.data.loader import seeded
-from ftlib.data.decode import DataError
+from ftlib.errors import DataError
 
 CLASSES = ["cat", "dog", "emu"]
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ftlib.data.images import bad_files
-from ftlib.data.decode import ImageError, check_file, open_image
+from ftlib.errors import ImageError
+from ftlib.data.decode import check_file, open_image
 
 
 def stored(im, kind="png", **kw):

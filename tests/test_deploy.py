@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from ftlib.data.images import image_data
 from ftlib.deploy.bundle import load_bundle
-from ftlib.deploy.predict import DeployError, predict_images, as_predictor
+from ftlib.errors import DeployError
+from ftlib.deploy.predict import predict_images, as_predictor
 from ftlib.models.cnn import cnn
 from ftlib.train.vision import vision_learner
 

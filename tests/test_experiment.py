@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from ftlib.experiment.compare import compare
-from ftlib.experiment.paired import CompareError, holm, paired_test
+from ftlib.errors import CompareError
+from ftlib.experiment.paired import holm, paired_test
 from ftlib.experiment.runs import RunStore
 
 SCRIPT = """

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ftlib.data.images import image_data
-from ftlib.data.decode import DataError, ImageError, check_file, open_image
+from ftlib.errors import DataError, ImageError
+from ftlib.data.decode import check_file, open_image
 from ftlib.data.sources import read_source
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ftlib.models.arch import torchvision_names
 from ftlib.models.backbone import create_network
 from ftlib.models.network import is_norm
-from ftlib.train.groups import TrainError
+from ftlib.errors import TrainError
 from ftlib.train.learner import Learner
 from ftlib.train.vision import vision_learner
 

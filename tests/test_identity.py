@@ -16,10 +16,10 @@ from fasttransform import Transform
 from PIL import Image
 from torch import nn
 
-from ftlib.data.cache import IdentityError
+from ftlib.errors import IdentityError
 from ftlib.data.images import image_data
-from ftlib.train.identity import identity
-from ftlib.train.libraries import is_fastai_transform
+from ftlib.cache.identity import identity
+from ftlib.system.libraries import is_fastai_transform
 
 # Each edit changes what `f` computes, without a change in the text of `f` itself
 EDITS = [
@@ -94,7 +94,7 @@ def test_the_same_in_another_process(tmp_path):
     sources = [e[1] for e in EDITS]
     script.write_text(textwrap.dedent(f"""
         import sys, types
-        from ftlib.train.identity import identity
+        from ftlib.cache.identity import identity
         for source in {sources!r}:
             module = types.ModuleType("mine")
             exec(compile(source, sys.argv[1], "exec"), vars(module))

@@ -12,9 +12,9 @@ import torch
 from fastai.metrics import accuracy
 from sklearn.datasets import load_digits
 
-from ftlib.data import interrupt
+from ftlib.system import interrupt
 from ftlib.data.images import image_data
-from ftlib.data.interrupt import TrainingStopped, check_stop, stop_between_batches
+from ftlib.system.interrupt import TrainingStopped, check_stop, stop_between_batches
 from ftlib.train.fine_tune import Verdict
 from ftlib.train.vision import vision_learner
 

@@ -18,14 +18,14 @@ from sklearn.datasets import load_digits
 
 import ftlib.evaluate.calibrate  # noqa: F401  gives a learner `classify` and `evaluate`
 from ftlib.data.images import image_data
-from ftlib.data.decode import DataError
-from ftlib.evaluate.intervals import EvaluateError
+from ftlib.errors import DataError
+from ftlib.errors import EvaluateError
 from ftlib.experiment.compare import compare
-from ftlib.experiment.paired import CompareError
+from ftlib.errors import CompareError
 from ftlib.models.cnn import cnn
-from ftlib.train.groups import TrainError
-from ftlib.train.stopping import EarlyStopping
-from ftlib.train.trackers import ReduceLROnPlateau, SaveModelCallback
+from ftlib.errors import TrainError
+from ftlib.callbacks.stopping import EarlyStopping
+from ftlib.callbacks.trackers import ReduceLROnPlateau, SaveModelCallback
 from ftlib.train.vision import vision_learner
 
 IMAGES, LABELS = (load_digits().images * 255 / 16).astype("uint8"), load_digits().target

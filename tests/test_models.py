@@ -26,7 +26,7 @@ from torchvision.transforms.functional import center_crop, resize, to_tensor
 from ftlib.models.arch import timm_names, torchvision_names
 from ftlib.models.backbone import backbone, create_network
 from ftlib.models.cnn import cnn
-from ftlib.models.weights import WeightsError
+from ftlib.errors import WeightsError
 from ftlib.train.learner import Learner
 
 slow = pytest.mark.slow

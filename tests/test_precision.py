@@ -9,9 +9,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import fastuple
 from torch import nn
 
-from ftlib.train import precision
+from ftlib.models import precision
 from ftlib.train.learner import Learner
-from ftlib.train.precision import PrecisionPolicy, fastest, measure
+from ftlib.models.precision import PrecisionPolicy, fastest, measure
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_measuring_leaves_statistics_gradients_and_random_numbers():
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9, *(f'{{"KEY": {v}}}' for v in ("5", "[]", '["fp64", true]', '["fp32"]', '["fp32", 1]', "null", '[["fp32"], true]'))])
 def test_a_damaged_list_of_choices_is_ignored(tmp_path, monkeypatch, text):
-    from ftlib.train.precision import _load_choices
+    from ftlib.models.precision import _load_choices
     monkeypatch.setenv("FTLIB_CACHE", str(tmp_path))
     (tmp_path / "precision.json").write_text(text)
     assert _load_choices()[1] == {}

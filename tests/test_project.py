@@ -108,7 +108,7 @@ def test_importing_loads_nothing_that_fastai_does_not(root):
 
 
 def test_the_shell_waits_for_no_torch(root):
-    assert python("import sys, ftlib.cli; print([m for m in ('torch', 'fastai', 'pandas') if m in sys.modules])", root) == "[]"
+    assert python("import sys, ftlib.cli.parser; print([m for m in ('torch', 'fastai', 'pandas') if m in sys.modules])", root) == "[]"
 
 
 def test_of_fastais_names_only_those_meant_are_replaced(root):
@@ -161,7 +161,7 @@ def test_notebooks_are_numbered_as_their_modules(root):
 
 
 def test_rooms_import_only_from_rooms_before(root):
-    order = {name: i for i, name in enumerate(["data", "models", "train", "teach", "evaluate", "experiment", "deploy"])}
+    order = {name: i for i, name in enumerate(["errors", "system", "data", "models", "cache", "metrics", "persist", "lr", "callbacks", "train", "teach", "evaluate", "deploy", "experiment", "cli"])}
     for path in (root / "ftlib").rglob("*/*.py"):
         mine = order[path.relative_to(root / "ftlib").parts[0]]
         for other in re.findall(r"(?:from|import) (?:ftlib\.|\.\.)(\w+)", path.read_text()):

@@ -15,9 +15,9 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from ftlib.train.learner import Learner
-from ftlib.train.metrics import MetricError
-from ftlib.train.stopping import EarlyStopping
-from ftlib.train.trackers import ReduceLROnPlateau, SaveModelCallback
+from ftlib.errors import MetricError
+from ftlib.callbacks.stopping import EarlyStopping
+from ftlib.callbacks.trackers import ReduceLROnPlateau, SaveModelCallback
 
 WAYS = {"fastai": (FastaiLearner, EarlyStoppingCallback), "ftlib": (Learner, EarlyStopping)}
 SAVING = {"fastai": (FastaiLearner, FastaiSaveModel), "ftlib": (Learner, SaveModelCallback)}

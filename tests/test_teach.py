@@ -13,7 +13,7 @@ from torch import nn
 
 from ftlib.teach.distill import Distill
 from ftlib.teach.losses import dkd, kd, standardised_kd
-from ftlib.train.checkpoint import CheckpointError
+from ftlib.errors import CheckpointError
 from ftlib.train.learner import Learner
 
 CASES = given(n=st.integers(1, 6), c=st.integers(2, 12), T=st.floats(.3, 20), scale=st.floats(.1, 5), seed=st.integers(0, 10 ** 6))

@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from ftlib.models.network import Body, Network, Normalize
 from ftlib.train.learner import Learner
-from ftlib.train.lr_curve import LRCurve
-from ftlib.train.optimizer import TorchOptimizer
-from ftlib.train.precision import PrecisionPolicy
+from ftlib.lr.curve import LRCurve
+from ftlib.lr.optimizer import TorchOptimizer
+from ftlib.models.precision import PrecisionPolicy
 
 BOTH = pytest.mark.parametrize("cls", [FastaiLearner, Learner])
 
@@ -384,7 +384,7 @@ def test_a_schedule_is_computed_without_tensors(way):
     from fastai.callback.schedule import combined_cos
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from ftlib.train.schedule import OneCycle
+    from ftlib.lr.schedule import OneCycle
     made = []
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,1 +1,1 @@
-"""From network and batches to a trained network: rates, schedules, freezing, history."""
+"""From network and batches to a trained network: the loop, its steps, fits and fine-tuning."""

@@ -1,0 +1,1 @@
+"""Learning rates: schedules, optimizers, the finder."""

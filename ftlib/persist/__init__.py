@@ -1,0 +1,1 @@
+"""State of a training: transactions, checkpoints and the format of their files."""

@@ -1,0 +1,1 @@
+"""What every package stands on: files, tables, Ctrl-C, printed lines."""
