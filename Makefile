@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
-ROOMS  := $(sort $(wildcard nbs/*.ipynb))
+ROOMS  := $(sort $(wildcard nbs/*.ipynb nbs/guides/*.ipynb))
 
 # One thread for each of the parallel workers: more only makes them fight for the cores.
 QUIET  := OMP_NUM_THREADS=1 IN_TEST=1 FTLIB_CACHE=$(abspath $(VENV))/cache

@@ -18,11 +18,16 @@ from fastcore.nbio import mk_cell, read_nb, write_nb
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
 SKIPPED = {"FrontmatterProc", "insert_warning", "add_links", "add_fold", "clean_show_doc"}
+GUIDES = """load_data learning_rate freeze_and_fine_tune stop_and_resume evaluate compare distil few_labels speed strategies
+    coming_from how_training_works extending""".split()
 PACKAGES = {
-    "data": "data: files → batches", "models": "models: a name → a network", "lr": "lr: learning rates", "train": "train: network + batches → trained",
-    "callbacks": "callbacks", "teach": "teach: more to learn from than labels", "evaluate": "evaluate: a trained network → numbers to trust",
-    "experiment": "experiment: one run → many", "deploy": "deploy: a trained network → use", "": "the whole run", "cli": "the command line",
-    "cache": "internals: cached features", "metrics": "internals: metrics", "persist": "internals: state and files", "system": "internals: the ground",
+    "data": "Data: from files to batches", "models": "Models: from a name to a network", "lr": "Learning rates", "train": "Training",
+    "callbacks": "Callbacks", "teach": "Distillation, rotation, pseudo-labels", "evaluate": "Evaluation", "experiment": "Comparisons and cross-validation",
+    "deploy": "Prediction and export", "cli": "Command line",
+}
+INTERNALS = {
+    "system": "Files, Ctrl-C, printed lines", "cache": "Cached features", "metrics": "Metrics and probabilities",
+    "persist": "State and checkpoints",
 }
 IN_TABLE = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "\n": " "})
 
@@ -170,14 +175,23 @@ def documented(nb):
 
 
 def contents(names):
-    "The site's table of contents, one part for each package in the order of the way through"
-    parts = []
-    for package, caption in PACKAGES.items():
-        mine = [n for n in names if "/" not in n and n.rpartition(".")[0] == package]
-        if mine: parts.append(toctree(caption, mine))
-    tutorials = [n for n in names if n.startswith("tutorials/")]
-    if tutorials: parts.insert(0, toctree("tutorials", tutorials))
-    return "\n\n".join(parts)
+    "The site's table of contents in five parts"
+    tutorials = [n for n in names if n.startswith("tutorials/") and n != "tutorials/measured"]
+    missing = {n for n in names if n.startswith("guides/")} - {f"guides/{g}" for g in ["get_started", *GUIDES]}
+    assert not missing, f"docs/pages.py does not place {missing}"
+    return "\n\n".join([
+        toctree("Get started", ["guides/get_started"]), toctree("Guides", [f"guides/{g}" for g in GUIDES]),
+        toctree("Tutorials", tutorials), toctree("API reference", [*(f"api/{p}" for p in PACKAGES), "errors", "api/internals"]),
+        toctree("Measured", ["tutorials/measured"]),
+    ])
+
+
+def package_pages(names):
+    "A page for each package, which lists its modules; internal packages share one"
+    def listed(package): return "\n".join(["```{toctree}", ":maxdepth: 1", "", *(f"../{n}" for n in names if n.rpartition(".")[0] == package and "/" not in n), "```"])
+    pages = {p: f"# {title}\n\n{listed(p)}\n" for p, title in PACKAGES.items()}
+    parts = "\n\n".join(f"## {title}\n\n{listed(p)}" for p, title in INTERNALS.items())
+    return pages | {"internals": f"# Internals\n\nWhat the other packages stand on. Nothing of it is needed to use ftlib.\n\n{parts}\n"}
 
 
 def toctree(caption, names):
@@ -192,6 +206,8 @@ def main():
     pages = {page_name(p): as_page(p, set()) for p in sources}
     anchors = set().union(*map(documented, pages.values()))
     pages["index"].cells.append(mk_cell(contents([n for n in pages if n != "index"]), "markdown"))
+    (PAGES / "api").mkdir(parents=True)
+    for name, text in package_pages(pages).items(): (PAGES / "api" / f"{name}.md").write_text(text, encoding="utf-8")
     for name, nb in pages.items():
         nb.cells = [tidy(c, anchors) for c in nb.cells]
         target = PAGES / f"{name}.ipynb"

@@ -20,6 +20,7 @@ _ROOMS = {
     "data.splits": "make_imbalanced",
     "data.images": "image_data ImageData",
     "data.audit": "audit",
+    "data.examples": "example_data",
     "models.network": "Network",
     "models.arch": "backbones",
     "models.backbone": "backbone create_network",

@@ -19,6 +19,7 @@ from .network import Body, Network, Normalize
 from .stages import split
 from .weights import SUFFIXES, body_state, download, rename_by_order, load_state, packaged_file, read_state
 from ..errors import WeightsError
+from ..system.files import local_copy
 
 # %% ../../nbs/25_models.backbone.ipynb #65151d15
 def _is_file(weights):
@@ -73,6 +74,9 @@ def _fetched(a, weights, n_in, **kwargs):
     if a.source == 'timm': return _fetched_timm(a, weights, n_in, **kwargs)
     w = _torchvision_weights(a, weights)
     net = a.build(n_in, w, **kwargs)
+    if (copy := local_copy(Path(w.url).name)) is not None:
+        _load_file(net, a, copy)
+        return net
     fetch = partial(w.get_state_dict, progress=True, check_hash=True, weights_only=True)
     state = download(fetch, a.name, Path(w.url).name, Path(torch.hub.get_dir())/'checkpoints')
     load_state(net, state, f'{w}', a.classifier, a.name)

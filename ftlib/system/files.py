@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_folder', 'atomic_write', 'is_own', 'own_folder', 'own_files', 'read_list', 'write_list', 'checksum',
-           'evict_lru', 'cache_table', 'clear_cache']
+           'evict_lru', 'cache_table', 'clear_cache', 'local_copy']
 
 # %% ../../nbs/02_system.files.ipynb #a5bb841b
 import errno
@@ -178,3 +178,13 @@ def clear_cache():
     for kind, files in _kept():
         for p in files: p.unlink(missing_ok=True)
         evict_lru(cache_folder() / kind, 0)
+
+# %% ../../nbs/02_system.files.ipynb #133b4880
+def local_copy(
+    *names,         # Names of a folder of images or of a file of weights, the preferred one first
+) -> Path|None:
+    "A copy in the folder that `$FTLIB_DATA` names, in its folders `data` and `weights`, or in the folder `weights` beside it."
+    if not (root := os.environ.get("FTLIB_DATA")): return None
+    root = Path(root).expanduser().resolve()
+    places = [root, root / "data", root / "weights", root.parent / "weights"]
+    return next((p / name for name in names for p in places if (p / name).exists()), None)
