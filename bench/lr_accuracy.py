@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import valley
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fine_tune import chosen
@@ -41,8 +42,8 @@ def fastai_valley(learn):
         plain = Learner(learn.dls, copy.deepcopy(learn.model), loss_func=learn.loss_func, splitter=learn.splitter, path=folder)
         plain.remove_cb(ProgressCallback)
         plain.create_opt()
-        with plain.no_logging(), on_features(plain, valid=False) as skipped:
-            if skipped: plain.model = plain.tail
+        with plain.no_logging(), on_features(plain, valid=False) as session:
+            if session: plain.model, plain.dls = session.tail, DataLoaders(*map(session.loader, plain.dls.loaders))
             try: return float(plain.lr_find(suggest_funcs=valley, show_plot=False).valley)
             except IndexError: return float("nan")  # a sweep of a few points
 

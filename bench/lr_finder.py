@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from fastai.callback import schedule
 from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from results import Results, arguments
@@ -45,8 +46,8 @@ def by_fastai(learn, folder):
     plain.remove_cb(ProgressCallback)
     start = time.perf_counter()
     plain.create_opt()
-    with plain.no_logging(), on_features(plain, valid=False) as skipped:  # the same batches, computed once for both
-        if skipped: plain.model = plain.tail
+    with plain.no_logging(), on_features(plain, valid=False) as session:  # the same batches, computed once for both
+        if session: plain.model, plain.dls = session.tail, DataLoaders(*map(session.loader, plain.dls.loaders))
         found = plain.lr_find(suggest_funcs=[or_none(getattr(schedule, name)) for name in FASTAI], show_plot=False)
     return found._asdict() | {"fastai s": time.perf_counter() - start}
 

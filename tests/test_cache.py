@@ -168,8 +168,9 @@ def test_a_random_function_has_views(folder, place, transform):
     learn = vision_learner(dls, network(), views=3, precision="fp32")
     learn.freeze_to(-2)
     assert is_random(dls.train)
-    with on_features(learn, range(6), views=3, store=FeatureStore(folder=folder.parent / "store")):
-        dl, names = learn.dls.train, learn.dls.train.names
+    with on_features(learn, range(6), views=3, store=FeatureStore(folder=folder.parent / "store")) as session:
+        dl = session.loader(learn.dls.train)
+        names = dl.names
         first = [v.take(v.places(names)) for v in dl.views]
     assert len(dl.views) == 3 and not any(torch.equal(first[i], first[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
@@ -267,7 +268,7 @@ def fitted(folder, cache, frozen=-2, epochs=3, **kwargs):
 @pytest.mark.parametrize("frozen", [-1, -2, 1])
 def test_a_fit_on_features_is_the_fit_on_images(folder, frozen):
     (_, plain, preds), (learn, kept, other) = fitted(folder, False, frozen), fitted(folder, True, frozen)
-    assert (plain.cached == 0).all() and (kept.cached == learn.model.frozen).all() and learn.tail is None
+    assert (plain.cached == 0).all() and (kept.cached == learn.model.frozen).all() and learn.features is None
     for name in ("train_loss", "valid_loss"): np.testing.assert_allclose(kept[name], plain[name], rtol=2e-2, atol=2e-3)
     assert torch.allclose(preds, other, atol=2e-2)
     assert kept.fill_bytes[0] > 0 and (kept.fill_bytes[1:] == 0).all()
@@ -336,7 +337,7 @@ def test_a_full_disk_costs_time_only(folder, tmp_path, capsys):
     try:
         learn = vision_learner(data(folder), network(), metrics=accuracy)
         learn.freeze_to(-2)
-        with on_features(learn, store=FeatureStore(memory=0, folder=small)) as passed: assert passed == 0
+        with on_features(learn, store=FeatureStore(memory=0, folder=small)) as session: assert session is None
         assert "there is no space" in capsys.readouterr().out
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         assert not list(small.glob("*.new"))

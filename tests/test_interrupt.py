@@ -125,7 +125,7 @@ def check(learn, start):
         reached = learn.validate()[1]
         # the head's weights come back where those of the whole network were not better beyond noise
         assert reached in (pytest.approx(history.accuracy.max()), pytest.approx(history[history.phase == 1].accuracy.max()))
-    assert default() and learn.opt is not None and learn.cache is True and learn.tail is None
+    assert default() and learn.opt is not None and learn.cache is True and learn.features is None
     rows = len(learn.history)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
     assert len(learn.history) == rows + 1

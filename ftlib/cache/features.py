@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTHING_FROZEN', 'STORE', 'FeatureDL', 'image_names', 'targets_of', 'MixFeatures', 'why_not_cached', 'is_random',
-           'cached_features', 'cached_forward', 'on_features']
+           'cached_features', 'cached_forward', 'FeatureSession', 'loader_of', 'held_session', 'on_features']
 
 # %% ../../nbs/33_cache.features.ipynb #1a491f0a
-import copy
 import random
 import secrets
 import time
@@ -44,7 +43,7 @@ from .uses_images import uses_images
 # %% ../../nbs/33_cache.features.ipynb #cd65c96a
 class FeatureDL(GetAttr):
     "Data loader of cached features and targets, in the order of the images in `dl`"
-    _default = 'dl'
+    _default, stage = 'dl', 0  # number of the network's stages that its batches have passed
 
     def __init__(self,
         dl,               # The loader of images that it replaces
@@ -53,9 +52,10 @@ class FeatureDL(GetAttr):
         targets,          # Class numbers, in the same order
         pass_idx:int=0,       # Index of the first pass
         numbers=None,     # Numbers of the augmentations, as for `cached_features`
+        stage:int=0,      # Number of stages that were computed
     ):
         self.dl, self.views, self.names, self.targets, self.pass_idx = dl, views, names, targets, pass_idx
-        self.numbers, self.view, self.batch_ids, self.broken = list(numbers or range(len(views))), None, None, None
+        self.numbers, self.stage, self.view, self.batch_ids, self.broken = list(numbers or range(len(views))), stage, None, None, None
         self.names = _with_stand_ins(names, targets if dl.shuffle else None, views)
         self.places = [v.places(self.names) for v in views]
 
@@ -79,7 +79,7 @@ class FeatureDL(GetAttr):
     def new(self, dataset=None, **kwargs):
         "Another loader of the same features; of images, if another dataset is given"
         new = self.dl.new(dataset, **kwargs)
-        return new if dataset is not None else FeatureDL(new, self.views, self.names, self.targets, self.pass_idx, self.numbers)
+        return new if dataset is not None else FeatureDL(new, self.views, self.names, self.targets, self.pass_idx, self.numbers, self.stage)
 
     def one_batch(self):
         return next(iter(self.new(num_workers=0)))
@@ -262,6 +262,49 @@ def _fill(net, batches, names, found, precision, store, dtype, broken):
             if mask is not None: names[:] = ['' if b else n for n, b in zip(names, mask.tolist())]
 
 # %% ../../nbs/33_cache.features.ipynb #068dd451
+class FeatureSession:
+    "Where the batches of a fit start: at which stage of the network, and from which loaders of features. `learn.features` is the current one, or None"
+    def __init__(self,
+        net,           # A `Network` with frozen stages
+        loaders=(),    # Pairs of a loader of images and a `FeatureDL` in its place
+        seconds=0.,    # Time to compute the missing features
+    ):
+        self.net, self.stage, self.tail, self.seconds = net, net.frozen, net.tail(net.frozen), seconds
+        self.pairs = list(loaders)
+
+    def loader(self, dl):
+        "The loader that gives the batches for `dl`: of features if there is one, else `dl` itself"
+        return next((features for images, features in self.pairs if images is dl), dl)
+
+    @property
+    def shape(self): return self.pairs[0][1].views[0].shape
+    @property
+    def bytes(self): return sum(v.nbytes for _, dl in self.pairs for v in dl.views)
+
+    def __repr__(self):
+        return f'FeatureSession(after {self.stage} of {len(self.net.stages)} stages: {"×".join(map(str, self.shape))}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s)'
+
+
+def loader_of(
+    learn,  # A learner
+    dl,     # One of its loaders
+):
+    "The loader that gives the batches for `dl` now: of features in a fit on features, else `dl`."
+    session = getattr(learn, 'features', None)
+    return dl if session is None else session.loader(dl)
+
+
+@contextmanager
+def held_session(
+    learn,         # A learner
+    session=None,  # A `FeatureSession`, or None for images
+):
+    "Context manager in which `learn.features` is `session`"
+    before, learn.features = getattr(learn, 'features', None), session
+    try: yield session
+    finally: learn.features = before
+
+
 @contextmanager
 def on_features(
     learn,             # A learner
@@ -271,37 +314,24 @@ def on_features(
     views:int=1,       # Number of cached random augmentations of each image
     store=STORE,       # Where features are stored
 ):
-    "Context manager in which the learner's loaders give features if possible; yields the number of skipped stages, 0 for none."
-    why, loaders = why_not_cached(learn, cbs), None
+    "Context manager in which the learner has a `FeatureSession`, if features can be used; yields it, or None. `learn.dls` is not changed."
+    why, session = why_not_cached(learn, cbs), None
     if not why:
-        try: loaders = _loaders(learn, train, valid, views, store)
+        try: session = _session(learn, train, valid, views, store)
         except IdentityError as e: why = str(e)
         except StoreError as e: why = f'there is no space for features in memory, and they cannot be stored on the disk ({e})'
-    standing_in = [dl for dl in loaders or () if isinstance(dl, FeatureDL)]
-    if not standing_in:
-        if why and why != NOTHING_FROZEN: print(f'Features are not cached, the frozen stages are computed in each epoch: {why}.')
-        yield 0
-        return
-    net, old = learn.model, (learn.dls, learn.tail)
-    learn.dls = copy.copy(learn.dls)
-    learn.dls.loaders = loaders
-    try:
-        learn.tail = net.tail(net.frozen)
-        yield net.frozen
-    finally: learn.dls, learn.tail = old
+    if why and why != NOTHING_FROZEN: print(f'Features are not cached, the frozen stages are computed in each epoch: {why}.')
+    with held_session(learn, session): yield session
 
 
-def _loaders(learn, train, valid, views, store):
-    "The learner's loaders, with loaders of features for those that will be used"
-    loaders = list(learn.dls.loaders)
-    for i, wanted in enumerate([bool(train), valid]):
-        if not wanted or i >= len(loaders) or not len(loaders[i]): continue
-        start, dl = time.perf_counter(), loaders[i]
+def _session(learn, train, valid, views, store):
+    "A session with loaders of features for those of the learner's that will be used; None if there are none"
+    net, pairs, start = learn.model, [], time.perf_counter()
+    for i, (dl, wanted) in enumerate(zip(learn.dls.loaders, [bool(train), valid])):
+        if not wanted or not len(dl): continue
         n = views if i == 0 and is_random(dl) else 1
         names, turns = image_names(dl), dict.fromkeys(t % n for t in train) if i == 0 else [0]
         bar = shows_bars() and not getattr(getattr(learn, 'progress', None), 'hidden', True)
-        found = [cached_features(learn.model, dl, names, v, getattr(learn, 'precision', 'fp32'), store, bar) for v in turns]
-        loaders[i] = FeatureDL(dl, found, names, targets_of(dl), numbers=turns)
-        loaders[i].fill_seconds = time.perf_counter() - start
-        loaders[i].fill_bytes = sum(v.nbytes for v in found)
-    return loaders
+        found = [cached_features(net, dl, names, v, getattr(learn, 'precision', 'fp32'), store, bar) for v in turns]
+        pairs.append((dl, FeatureDL(dl, found, names, targets_of(dl), numbers=turns, stage=net.frozen)))
+    return FeatureSession(net, pairs, time.perf_counter() - start) if pairs else None

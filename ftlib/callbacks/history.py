@@ -77,10 +77,9 @@ class EpochLog(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         self.trained, self.new_fit = False, True
-        loader = getattr(self.learn.dls, 'train', None)
+        session = getattr(self.learn, 'features', None)
         # the time to compute features for this fit belongs to its first epoch
-        self.filled = getattr(loader, 'fill_seconds', 0.), getattr(loader, 'fill_bytes', 0)
-        self.cached = self.learn.model.frozen if getattr(self.learn, 'tail', None) is not None else 0
+        self.filled, self.cached = (0., 0) if session is None else (session.seconds, session.bytes), 0
 
     def before_train(self):
         if self.new_fit: self.phase, self.new_fit = self.phase + 1, False
@@ -89,6 +88,7 @@ class EpochLog(Callback):
     def after_batch(self):
         if not self.learn.training: return
         self.losses.append(_of_batch(self.learn))
+        self.cached = getattr(self.learn, 'stage', 0)
         self.lrs.append(self.learn.recorder.lrs[-1])
 
     def after_epoch(self):

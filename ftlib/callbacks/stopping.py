@@ -12,6 +12,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 
 from ..errors import TrainError
+from ..lr.rates import rates_of
 from ..system.console import say
 from .trackers import MonitorCallback
 from ..persist.transaction import load_training_state, training_state
@@ -44,15 +45,19 @@ class EarlyStopping(MonitorCallback):
         super()._take_over(earlier)
         self.kept = None if earlier is None else dict(model=earlier['state'], opt=None)
 
-    def before_batch(self):
-        if self.learn.training and self.cooling is not None: self.learn.opt.set_hyper('lr', list(self._cooled()))
+    def before_train(self):
+        super().before_train()
+        self._cool(0)
+
+    def after_batch(self):
+        if self.learn.training: self._cool(self.learn.iter + 1)
 
     def on_score(self, better):
         epoch = self.learn.epoch
         self.now = self.learn.epoch_log.rows[-1]['phase'], epoch
         if better:
             self.waited, self.kept = 0, training_state(self.learn)
-            self.kept_lrs = [h['lr'] for h in self.learn.opt.hypers]
+            self.kept_rates = rates_of(self.learn).planned
         elif self.cooling is None and not self._comes_down(): self.waited += 1
         if self.cooling is not None:
             if epoch >= self.cooling[1]: raise CancelFitException
@@ -68,13 +73,15 @@ class EarlyStopping(MonitorCallback):
             raise CancelFitException
         say(self.learn, f'{said}; {last - epoch} more epochs from the best weights, with a decaying learning rate.')
         load_training_state(self.learn, self.kept)
+        rates_of(self.learn).hold(self.kept_rates)
         self.cooling = epoch + 1, last
 
-    def _cooled(self):
-        "Learning rates of the groups: cosine decay from those of the best epoch to zero"
+    def _cool(self, step):
+        "The factor for a step of this epoch in a cooldown: a cosine from the rates of the best epoch to zero"
+        if self.cooling is None: return
         first, last = self.cooling
-        done = (self.learn.epoch - first + self.learn.iter / self.learn.n_iter) / (last - first + 1)
-        return np.maximum(np.array(self.kept_lrs) * (1 + np.cos(np.pi * done)) / 2, 1e-12)
+        done = (self.learn.epoch - first + step / len(self.learn.dls.train)) / (last - first + 1)
+        rates_of(self.learn).factor('cooldown', max((1 + np.cos(np.pi * done)) / 2, 1e-9))
 
     def _comes_down(self):
         "Is the learning rate still high, in a schedule that reduces it later?"
@@ -111,15 +118,9 @@ class RecoverFromNaN(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
         self.share, self.happened, self.lost, self.good = 1., 0, None, None
-        self.scheduled = any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.learn.cbs)
 
     def before_train(self):
-        if self.good is None: self.good, self.given = training_state(self.learn), [h['lr'] for h in self.learn.opt.hypers]
-
-    def before_batch(self):
-        if self.share == 1.: return
-        lrs = [h['lr'] for h in self.learn.opt.hypers] if self.scheduled else self.given
-        self.learn.opt.set_hyper('lr', [lr * self.share for lr in lrs])
+        if self.good is None: self.good = training_state(self.learn)
 
     def after_batch(self):
         now = ~torch.isfinite(self.learn.loss.detach()).all()
@@ -134,12 +135,14 @@ class RecoverFromNaN(Callback):
         "Roll back if any loss since the last check was not finite"
         lost, self.lost = or_else or (self.lost is not None and bool(self.lost)), None
         if not lost: return False
-        load_training_state(self.learn, self.good)
+        rates = rates_of(self.learn)
+        with rates.kept(): load_training_state(self.learn, self.good)
         self.learn.recorder.smooth_loss.reset()  # a NaN would stay in it
         self.happened += 1
         if self.happened > self.max_restarts:
             raise TrainError(f'the loss became NaN {self.happened} times, the last time at a learning rate of {self.learn.opt.hypers[-1]["lr"]:.1e}: '
                              'use a lower learning rate; `learn.lr_find()` suggests one.')
         self.share /= self.lr_divisor
+        rates.factor('nan recovery', self.share)
         say(self.learn, f'Epoch {self.learn.epoch}: loss became NaN; restored the last finite weights, learning rates × {self.share:g} from now on.')
         return True

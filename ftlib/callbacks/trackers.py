@@ -9,12 +9,12 @@ __all__ = ['MonitorCallback', 'ReduceLROnPlateau', 'SaveModelCallback', 'CSVLogg
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import ParamScheduler
 from fastai.learner import join_path_file
 
 from ..system.files import atomic_write
 from ..system.tables import write_csv
 from ..errors import TrainError
+from ..lr.rates import current_rates, rates_of
 from ..metrics.metric import check_validated, checked_mode, lower_is_better
 from ..system.console import say
 
@@ -101,21 +101,16 @@ class ReduceLROnPlateau(MonitorCallback):
         if not self.run: return
         if self.reset_on_fit: self.best = None
         self.waited, self.share = 0, 1.
-        self.scheduled = any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in self.learn.cbs)
-
-    def before_batch(self):
-        if self.learn.training and self.scheduled and self.share < 1:
-            self.learn.opt.set_hyper('lr', [h['lr'] * self.share for h in self.learn.opt.hypers])
 
     def on_score(self, better):
         self.waited = 0 if better else self.waited + 1
         if self.waited < self.patience: return
-        lrs = np.array([h['lr'] for h in self.learn.opt.hypers])
-        share, self.waited = max(1 / self.factor, min(1., self.min_lr / lrs[-1])), 0
+        lr = current_rates(self.learn.opt)[-1]
+        share, self.waited = max(1 / self.factor, min(1., self.min_lr / lr)), 0
         if share == 1: return
         self.share *= share
-        self.learn.opt.set_hyper('lr', list(lrs * share))
-        say(self.learn, f'Epoch {self.learn.epoch}: {self.monitor} has not improved, learning rate {lrs[-1]:.2e} → {lrs[-1] * share:.2e}')
+        rates_of(self.learn).factor('plateau', self.share)
+        say(self.learn, f'Epoch {self.learn.epoch}: {self.monitor} has not improved, learning rate {lr:.2e} → {lr * share:.2e}')
 
 # %% ../../nbs/53_callbacks.trackers.ipynb #fda140d5
 class SaveModelCallback(MonitorCallback):

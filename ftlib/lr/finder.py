@@ -21,9 +21,11 @@ from fastai.torch_core import tensor
 from fastcore.foundation import L
 from torch import nn
 
+from ..cache.features import loader_of
 from ..errors import CurveError
 from .curve import LRCurve
 from .optimizer import torch_class
+from .rates import rates_of
 from ..system.console import close_unseen, say
 from ..errors import RateError
 from .schedule import check_rates, group_lrs
@@ -138,10 +140,10 @@ class LRSweep(Callback):
         if not k: self.baseline_model = copy.deepcopy(net)
         else:
             self.baseline_model = copy.deepcopy(net.tail(k))
-            if self.learn.tail is None: self.hook = net.last_layer(k).register_forward_hook(lambda m, i, out: self._baseline_forward(out))
+            if loader_of(self.learn, self.learn.dls.train) is self.learn.dls.train: self.hook = net.last_layer(k).register_forward_hook(lambda m, i, out: self._baseline_forward(out))
 
     def before_batch(self):
-        self.learn.opt.set_hyper('lr', list(self.ratios * self.lrs[len(self.losses)]))
+        rates_of(self.learn).hold(self.ratios * self.lrs[len(self.losses)])
         if self.hook is None: self._baseline_forward(*self.learn.xb)
 
     def _baseline_forward(self, *x):

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
+from fastai.learner import Metric
 from fastai.optimizer import Lookahead
 
 # %% ../../nbs/42_persist.transaction.ipynb #19e5e267
@@ -41,8 +42,9 @@ def preserve_attributes(
 
 
 def learner_parts(learn):  # A learner
-    "The learner and its callbacks, for `preserve_attributes`."
-    return [learn, *learn.cbs]
+    "The learner, its callbacks, and the metrics and running means that they update in place, for `preserve_attributes`."
+    means = {id(o): o for part in (*learn.cbs, *getattr(learn, 'metrics', ())) for o in (part, *vars(part).values()) if isinstance(o, Metric)}
+    return [learn, *learn.cbs, *means.values()]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 from ..data.loader import normalization
 from ..models.fold_bn import fuse_batch_norms
 from .losses import as_loss, blend_loss
-from ..cache.features import FeatureDL, cached_forward
+from ..cache.features import FeatureDL, cached_forward, loader_of
 from ..errors import TrainError
 from ..models.precision import prepare_for_inference
 from ..system.console import say
@@ -131,7 +131,7 @@ class Distill(Callback):
         if not teachers: raise TrainError('the list of teachers is empty: give at least one.')
         say(learn, self._what_the_loss_is())
         found = [as_teacher(t, learn, self.size, self.stats) for t in teachers]
-        net, dl = found[0] if len(found) == 1 else Teachers(found), learn.dls.train
+        net, dl = found[0] if len(found) == 1 else Teachers(found), loader_of(learn, learn.dls.train)
         if isinstance(dl, FeatureDL): self.kept = self._answers(net, dl)
         else: self.net = net
 
@@ -162,7 +162,7 @@ class Distill(Callback):
         return torch.lerp(self.distance(student, other, mix.yb1[0], self.T), self.distance(student, t, y, self.T), mix.lam)
 
     def _of_features(self):
-        dl, part = self.learn.dls.train, getattr(self.learn, 'microbatch', slice(None))
+        dl, part = self.learn.dl, getattr(self.learn, 'microbatch', slice(None))
         found, places = self.kept[dl.view]
         return found.take(places[dl.batch_ids[part]])
 

@@ -8,12 +8,11 @@ __all__ = ['CheckFiniteLoss', 'FitLearner']
 # %% ../../nbs/63_train.fits.ipynb #b0f8c378
 import random
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Recorder
 from fastcore.foundation import L
 
@@ -22,10 +21,11 @@ from ..data.loader import seed_all
 from ..callbacks.best import BestWeights, stopped_with
 from ..persist.checkpoint import Checkpoint, fit_fingerprint, restore_fit, restore_model
 from .fine_tune import fine_tune
-from ..cache.features import on_features
+from ..cache.features import held_session, on_features
 from ..errors import TrainError
 from ..callbacks.history import EpochLog
 from ..system.console import say
+from ..lr.rates import Schedule
 from ..lr.schedule import Cosine, FlatCosine, Momentum, OneCycle, as_schedule
 from .step import StepLearner
 from ..callbacks.trackers import ReduceLROnPlateau
@@ -142,7 +142,7 @@ class FitLearner(StepLearner):
         lrs = self._group_lrs(self.lr if lr is None else lr, len(hypers), factors)
         # an optimizer may have no momentum
         scheds = {k: f for k, f in scheds.items() if k in hypers[0]}
-        scaled = {k: self._scaled(f, lrs if k == 'lr' else 1., n_epoch) for k, f in scheds.items()}
+        shares = {k: self._by_share(f, n_epoch) for k, f in scheds.items()}
         if self.precision == 'auto': self.precision_policy = None  # other stages may train now
         checkpointer, resume_state = None, None
         if checkpoint is not None:
@@ -150,7 +150,7 @@ class FitLearner(StepLearner):
             resume_state = checkpointer.begin(self, fit_fingerprint(self, n_epoch, lrs, self.wd if wd is None else wd, scheds, L(cbs)), resume)
         done = len(self.epoch_log.rows) if hasattr(self, 'epoch_log') else 0
         if resume_state: start_epoch, done = resume_state['epoch'], resume_state['before'] + resume_state['epoch']
-        cbs = (L(ParamScheduler(scaled)) if scaled else L()) + L(cbs)
+        cbs = (L(Schedule(shares, lrs.tolist())) if shares else L()) + L(cbs)
         with stop_between_batches(), self._restore_best_on_error(), self._rollback_on_error(), self._with_fit_plan(start_epoch, checkpointer, resume_state), self._seeded():
             if resume_state: restore_model(self, resume_state)
             if resume_state and resume_state['end']:
@@ -227,10 +227,10 @@ class FitLearner(StepLearner):
             yield
 
     def _on_features(self, train=(), valid=True, cbs=None):
-        "Context manager in which batches are cached features, if possible"
-        return on_features(self, train, valid, L(cbs), self.views) if self.cache else nullcontext()
+        "Context manager in which batches are cached features, if possible, and images otherwise"
+        return on_features(self, train, valid, L(cbs), self.views) if self.cache else held_session(self)
 
-    def _scaled(self, f, base, n_epoch): return lambda pct: base * f(pct * n_epoch, n_epoch)
+    def _by_share(self, f, n_epoch): return lambda pct: f(pct * n_epoch, n_epoch)
 
     @contextmanager
     def _rollback_on_error(self):

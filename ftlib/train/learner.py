@@ -28,6 +28,7 @@ from torch import nn
 
 from ..system.files import atomic_write
 from ..system.interrupt import stop_between_batches
+from ..cache.features import held_session
 from ..data.loader import broken_mask
 from ..metrics.activation import LossOfEach, as_cross_entropy, check_mixing, classes_of, probabilities, reduces
 from ..callbacks.best import BestWeights
@@ -36,6 +37,7 @@ from .groups import EvalFrozenModules
 from ..errors import TrainError
 from ..callbacks.history import EpochLog, Recorder, plot_history
 from ..lr.finder import find_lr
+from ..lr.rates import LearningRates
 from ..metrics.metric import as_metric, name_apart
 from ..models.precision import PrecisionPolicy, as_precision_policy
 from ..callbacks.progress import Progress
@@ -47,7 +49,7 @@ from ..persist.transaction import (
 # %% ../../nbs/64_train.learner.ipynb #13119dda
 _OURS = {fastai.learner.Recorder: Recorder, ProgressCallback: Progress}  # in place of fastai's default callbacks
 _NEEDS = '{} needs loaders of fastai, and the training set is a {}: build the data by `image_data`, or wrap its datasets by `DataLoaders.from_dsets(train, valid, bs=64)`.'
-_KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, fastai.learner.CastToTensor
+_KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, LearningRates, fastai.learner.CastToTensor
 
 
 def _hypers(state):
@@ -98,12 +100,14 @@ class Learner(FitLearner):
                          default_cbs=False)
         self.default_cbs = default_cbs
         self.lock = _Turns()
-        if default_cbs: self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, EpochLog, BestWeights, CheckFiniteLoss])
+        if default_cbs: self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, LearningRates, EpochLog, BestWeights, CheckFiniteLoss])
         self.add_cbs(cbs)
         self.cache, self.views, self.seed = cache, views, seed
         if compile: self.model.compile(**({} if compile is True else dict(backend=compile)))
         self.precision, self.precision_policy = precision, None if precision == 'auto' else as_precision_policy(precision)
         self('after_create')
+
+    def __getstate__(self): return super().__getstate__() | dict(features=None)  # a copy that is made during a fit has images
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -140,6 +144,7 @@ class Learner(FitLearner):
         with self._looking(ds_idx, inputs, kwargs.get('cbs')):
             self.fold_bn = self.model._compiled_call_impl is None
             of_loss = self._has_activation or self.rescale is not None
+            if dl is None and self.features is not None: dl = self.features.loader(self.dls[ds_idx]).new(shuffle=False, drop_last=False)
             found = super().get_preds(ds_idx, dl, with_input, False, with_loss, self.probabilities_of if act is None and of_loss else act or noop, *args, **kwargs)
             preds = found[with_input]
             broken = broken_mask(self.dls[ds_idx] if dl is None else dl)
@@ -216,7 +221,7 @@ class Learner(FitLearner):
     def export(self, fname='export.pkl', **kwargs):
         "fastai's `export`, but atomic; the learner is not changed."
         if not hasattr(self.dls, 'new_empty') or not all(hasattr(dl, 'new') for dl in self.dls.loaders): raise TrainError(_NEEDS.format('export', type(self.dls.train).__name__))
-        with self.lock.turn(), preserve_attributes(self), atomic_write(self.path.absolute()/fname) as f: super().export(f.name, **kwargs)
+        with self.lock.turn(), preserve_attributes(self), held_session(self), atomic_write(self.path.absolute()/fname) as f: super().export(f.name, **kwargs)
 
     def _fit(self, n_epoch, lr, scheds, wd, cbs, *args, **kwargs):
         check_mixing(self, [*self.cbs, *L(cbs)])
@@ -232,7 +237,7 @@ class Learner(FitLearner):
         "Context manager that restores the learner; loaders give cached features if possible"
         with self.lock.turn(), stop_between_batches(), kept_callbacks(self), preserve_attributes(*learner_parts(self)), preserve_modes(self.model):
             self._fit_plan = 0, None, None  # no checkpoints during a validation inside a fit
-            with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else nullcontext(): yield
+            with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else held_session(self): yield
 
     def lr_find(self,
         start_lr:float=None,  # First learning rate of the head; by default 1e-7, or 1e-6 if a pretrained body trains

@@ -9,14 +9,14 @@ __all__ = ['is_out_of_memory', 'largest_batch', 'StepLearner']
 from functools import partial
 
 import torch
-from fastai.callback.core import Callback, CancelBackwardException, CancelStepException, _inner_loop, event
+from fastai.callback.core import Callback, CancelBackwardException, CancelStepException, CancelTrainException, _inner_loop, event
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs, to_concat, to_detach, to_float
 
 from ..system.interrupt import check_stop
 from ..models.fold_bn import fuse_batch_norms
-from ..cache.features import FeatureDL
+from ..cache.features import loader_of
 from .groups import FreezableLearner
 from ..errors import TrainError
 from ..lr.optimizer import TorchOptimizer
@@ -67,7 +67,7 @@ def _act(cb, event_name):
 class StepLearner(FreezableLearner):
     "`FreezableLearner` whose step chooses its precision, and splits batches into micro-batches of `microbatch_size` after an out-of-memory error."
     precision, precision_policy, microbatch_size = 'auto', None, None  # see `Learner`
-    tail = None  # the part after the frozen stages, while batches are features
+    features = None  # the `FeatureSession` of the current fit or validation; None while batches are images
     _device = None  # device of the network at the first batch of a pass
     _untried = False  # was the precision chosen for this batch?
     microbatch = slice(None)  # the current micro-batch, as a slice of the batch
@@ -154,8 +154,20 @@ class StepLearner(FreezableLearner):
         return self._forward()
 
     def _network(self):
-        "The module for the batches of this pass: the network, or its trainable part if the loader gives features"
-        return self.tail if isinstance(self.dl, FeatureDL) else self.model
+        "The module for the batches of this pass: the network, or the part of it after the stage where they start"
+        return self.features.tail if self.stage else self.model
+
+    @property
+    def stage(self) -> int:
+        "Number of stages that the batches of this pass have passed: 0 for images"
+        return getattr(self.dl, 'stage', 0) if self.features is not None else 0
+
+    def _do_epoch_train(self):
+        "As in fastai, on features if there are any"
+        self.dl = loader_of(self, self.dls.train)
+        self._with_events(self.all_batches, 'train', CancelTrainException)
+
+    def _do_epoch_validate(self, ds_idx=1, dl=None): super()._do_epoch_validate(ds_idx, loader_of(self, self.dls[ds_idx] if dl is None else dl))
 
     def _fold(self):
         "Use a copy with fused batch norms, if there are enough images and no hooks on layers"
@@ -203,7 +215,7 @@ class StepLearner(FreezableLearner):
         "Choose the precision for the stages that train; single precision if there is little to gain, or if a callback controls it"
         x, net = self.xb[0], self._network()
         if len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4: return PrecisionPolicy()
-        head_alone = net is self.tail and self.model.frozen == len(self.model.stages)
+        head_alone = self.stage == len(self.model.stages) if self.stage else False
         if head_alone or hasattr(self, 'mixed_precision'): return PrecisionPolicy()
         policy = fastest(net, x[:8].as_subclass(torch.Tensor))
         policy.apply_to(net)
