@@ -21,7 +21,7 @@ from fine_tune import chosen
 from results import Results, arguments
 
 import ftlib
-from ftlib.cache.features import on_features
+from ftlib.cache.session import on_features
 from ftlib.lr.finder import HEAD_LR, WHOLE_LR
 
 

@@ -21,7 +21,7 @@ from fastai.metrics import accuracy
 from results import Results, arguments
 
 import ftlib
-from ftlib.cache.features import on_features
+from ftlib.cache.session import on_features
 from ftlib.lr.finder import HEAD_LR, WHOLE_LR, WITHIN
 
 OURS, FASTAI = ["lr_min", "lr_steep", "suggested"], ["minimum", "steep", "valley", "slide"]

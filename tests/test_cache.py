@@ -24,7 +24,8 @@ from ftlib.data.cache import DecodedImages, image_hash
 from ftlib.system.files import evict_lru
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
-from ftlib.cache.features import MixFeatures, cached_features, is_random, on_features, cached_forward
+from ftlib.cache.features import MixFeatures, cached_features, is_random, cached_forward
+from ftlib.cache.session import on_features
 from ftlib.cache.store import FeatureStore
 from ftlib.cache.uses_images import uses_images
 from ftlib.train.vision import vision_learner

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOTHING_FROZEN', 'STORE', 'FeatureDL', 'image_names', 'targets_of', 'MixFeatures', 'why_not_cached', 'is_random',
-           'cached_features', 'cached_forward', 'FeatureSession', 'loader_of', 'held_session', 'on_features']
+           'cached_features', 'cached_forward']
 
 # %% ../../nbs/33_cache.features.ipynb #1a491f0a
 import random
 import secrets
-import time
-from contextlib import contextmanager
 
 import torch
 from fastai.learner import _ConstantFunc
@@ -35,9 +33,7 @@ from ..models.network import Network
 from .identity import identity
 from ..system.libraries import is_fastai_transform
 from ..models.precision import prepare_for_inference
-from ..system.console import shows_bars
 from .store import Features, FeatureStore
-from ..errors import StoreError
 from .uses_images import uses_images
 
 # %% ../../nbs/33_cache.features.ipynb #cd65c96a
@@ -260,78 +256,3 @@ def _fill(net, batches, names, found, precision, store, dtype, broken):
                 out = fast(policy.to_layout(plain(batch)))
             mask = broken()
             if mask is not None: names[:] = ['' if b else n for n, b in zip(names, mask.tolist())]
-
-# %% ../../nbs/33_cache.features.ipynb #068dd451
-class FeatureSession:
-    "Where the batches of a fit start: at which stage of the network, and from which loaders of features. `learn.features` is the current one, or None"
-    def __init__(self,
-        net,           # A `Network` with frozen stages
-        loaders=(),    # Pairs of a loader of images and a `FeatureDL` in its place
-        seconds=0.,    # Time to compute the missing features
-    ):
-        self.net, self.stage, self.tail, self.seconds = net, net.frozen, net.tail(net.frozen), seconds
-        self.pairs = list(loaders)
-
-    def loader(self, dl):
-        "The loader that gives the batches for `dl`: of features if there is one, else `dl` itself"
-        return next((features for images, features in self.pairs if images is dl), dl)
-
-    @property
-    def shape(self): return self.pairs[0][1].views[0].shape
-    @property
-    def bytes(self): return sum(v.nbytes for _, dl in self.pairs for v in dl.views)
-
-    def __repr__(self):
-        return f'FeatureSession(after {self.stage} of {len(self.net.stages)} stages: {"×".join(map(str, self.shape))}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s)'
-
-
-def loader_of(
-    learn,  # A learner
-    dl,     # One of its loaders
-):
-    "The loader that gives the batches for `dl` now: of features in a fit on features, else `dl`."
-    session = getattr(learn, 'features', None)
-    return dl if session is None else session.loader(dl)
-
-
-@contextmanager
-def held_session(
-    learn,         # A learner
-    session=None,  # A `FeatureSession`, or None for images
-):
-    "Context manager in which `learn.features` is `session`"
-    before, learn.features = getattr(learn, 'features', None), session
-    try: yield session
-    finally: learn.features = before
-
-
-@contextmanager
-def on_features(
-    learn,             # A learner
-    train=(0,),        # Passes of the training loader: numbers of epochs
-    valid:bool=True,   # Will there be validation?
-    cbs=(),            # Additional callbacks
-    views:int=1,       # Number of cached random augmentations of each image
-    store=STORE,       # Where features are stored
-):
-    "Context manager in which the learner has a `FeatureSession`, if features can be used; yields it, or None. `learn.dls` is not changed."
-    why, session = why_not_cached(learn, cbs), None
-    if not why:
-        try: session = _session(learn, train, valid, views, store)
-        except IdentityError as e: why = str(e)
-        except StoreError as e: why = f'there is no space for features in memory, and they cannot be stored on the disk ({e})'
-    if why and why != NOTHING_FROZEN: print(f'Features are not cached, the frozen stages are computed in each epoch: {why}.')
-    with held_session(learn, session): yield session
-
-
-def _session(learn, train, valid, views, store):
-    "A session with loaders of features for those of the learner's that will be used; None if there are none"
-    net, pairs, start = learn.model, [], time.perf_counter()
-    for i, (dl, wanted) in enumerate(zip(learn.dls.loaders, [bool(train), valid])):
-        if not wanted or not len(dl): continue
-        n = views if i == 0 and is_random(dl) else 1
-        names, turns = image_names(dl), dict.fromkeys(t % n for t in train) if i == 0 else [0]
-        bar = shows_bars() and not getattr(getattr(learn, 'progress', None), 'hidden', True)
-        found = [cached_features(net, dl, names, v, getattr(learn, 'precision', 'fp32'), store, bar) for v in turns]
-        pairs.append((dl, FeatureDL(dl, found, names, targets_of(dl), numbers=turns, stage=net.frozen)))
-    return FeatureSession(net, pairs, time.perf_counter() - start) if pairs else None

@@ -21,7 +21,7 @@ from fastai.torch_core import tensor
 from fastcore.foundation import L
 from torch import nn
 
-from ..cache.features import loader_of
+from ..cache.session import loader_of
 from ..errors import CurveError
 from .curve import LRCurve
 from .optimizer import torch_class

@@ -26,6 +26,7 @@ def current_rates(
 class LearningRates(Callback):
     "The owner of the learning rates of a fit: a base rate per group times the `factors`, written to the optimizer once a step."
     order, run_valid, uses_images = 60.5, False, False  # right after fastai's schedules
+    is_setting = False  # a checkpoint may be resumed by a learner that has none yet
 
     def __init__(self): self._begin([])
 

@@ -44,7 +44,7 @@ def fit_fingerprint(
 ) -> dict:         # name → value or digest
     "Fingerprint of a fit: its settings, network and data, for comparison on resume"
     train = learn.dls.train
-    about = dict(epochs=n_epoch, rates=[float(lr) for lr in lrs], schedule=_told(schedules), callbacks=[_setting(cb) for cb in [*learn.cbs, *cbs]])
+    about = dict(epochs=n_epoch, rates=[float(lr) for lr in lrs], schedule=_told(schedules), callbacks=[_setting(cb) for cb in [*learn.cbs, *cbs] if getattr(cb, 'is_setting', True)])
     about['weight decay'] = None if wd is None else float(wd)
     about['optimizer'] = _told(learn.opt_func)
     about['loss'], about['seed'], about['batch norm'] = _loss(learn.loss_func), getattr(learn, 'seed', None), [getattr(learn.model, 'bn', None), learn.train_bn]

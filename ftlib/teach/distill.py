@@ -18,7 +18,8 @@ from torch import nn
 from ..data.loader import normalization
 from ..models.fold_bn import fuse_batch_norms
 from .losses import as_loss, blend_loss
-from ..cache.features import FeatureDL, cached_forward, loader_of
+from ..cache.features import FeatureDL, cached_forward
+from ..cache.session import loader_of
 from ..errors import TrainError
 from ..models.precision import prepare_for_inference
 from ..system.console import say

@@ -21,7 +21,7 @@ from ..data.loader import seed_all
 from ..callbacks.best import BestWeights, stopped_with
 from ..persist.checkpoint import Checkpoint, fit_fingerprint, restore_fit, restore_model
 from .fine_tune import fine_tune
-from ..cache.features import held_session, on_features
+from ..cache.session import held_session, on_features
 from ..errors import TrainError
 from ..callbacks.history import EpochLog
 from ..system.console import say

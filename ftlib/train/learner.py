@@ -28,7 +28,7 @@ from torch import nn
 
 from ..system.files import atomic_write
 from ..system.interrupt import stop_between_batches
-from ..cache.features import held_session
+from ..cache.session import held_session
 from ..data.loader import broken_mask
 from ..metrics.activation import LossOfEach, as_cross_entropy, check_mixing, classes_of, probabilities, reduces
 from ..callbacks.best import BestWeights

@@ -16,7 +16,7 @@ from fastai.torch_core import find_bs, to_concat, to_detach, to_float
 
 from ..system.interrupt import check_stop
 from ..models.fold_bn import fuse_batch_norms
-from ..cache.features import loader_of
+from ..cache.session import loader_of
 from .groups import FreezableLearner
 from ..errors import TrainError
 from ..lr.optimizer import TorchOptimizer
