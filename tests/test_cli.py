@@ -62,7 +62,7 @@ def complaint(done):
 def test_train_writes_tables_plots_and_weights(shell, stripes):
     done = check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "out"), 0)
     out = shell.folder / "out"
-    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "model.ftl", "per_class.png", "split.csv", "summary.csv", "weights.safetensors", *REPORT}
+    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "model.ftl", "per_class.png", "split.csv", "summary.csv", *REPORT}
     classes, history, summary = (pd.read_csv(out / f"{n}.csv") for n in ("per_class", "history", "summary"))
     assert classes["class"].tolist() == ["lying", "standing"]
     assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
@@ -91,31 +91,31 @@ def test_new_images_are_classified_and_sorted(shell, stripes, tmp_path):
 
 def test_a_training_is_judged_again(shell, stripes):
     done = check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--out", "out"), 0)
-    again = check(shell("evaluate", stripes, "--bs", 8, "--weights", "out/weights.safetensors", "--out", "judged"), 0)
+    again = check(shell("evaluate", stripes, "--bs", 8, "--model", "out/model.ftl", "--out", "judged"), 0)
     assert {p.name for p in (shell.folder / "judged").iterdir()} == REPORT
     for name in REPORT - {"report.html"}:
         one, two = (pd.read_csv(shell.folder / place / name) for place in ("out", "judged"))
         pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-5)
     assert "Top1 " in again.stdout and "by class" in done.stdout
-    all_of_them = check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--on", "all", "--tta", 1), 0)
+    all_of_them = check(shell("evaluate", stripes, "--model", "out/model.ftl", "--on", "all", "--tta", 1), 0)
     assert "/48 (" in all_of_them.stdout
 
 
 def test_what_was_trained_on_is_not_evaluated(shell, stripes):
     "Another seed or share would make another split: the training's own counts"
     check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--seed", 7, "--valid", ".3", "--out", "out"), 0)
-    check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--out", "judged"), 0)
+    check(shell("evaluate", stripes, "--model", "out/model.ftl", "--out", "judged"), 0)
     split = pd.read_csv(shell.folder / "out" / "split.csv")
     assert pd.read_csv(shell.folder / "judged" / "per_class.csv")["images"].sum() == (split["split"] == "valid").sum()
     (shell.folder / "out" / "split.csv").unlink()
-    assert "the training images" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors"), 2))
+    assert "the training images" in complaint(check(shell("evaluate", stripes, "--model", "out/model.ftl"), 2))
 
 
 def test_a_plot_that_fails_costs_no_weights(shell, stripes, monkeypatch):
     def fails(draw, path): raise ValueError("no such font")
     monkeypatch.setattr("ftlib.experiment.pipeline.save_figure", fails)
     done = check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
-    assert (shell.folder / "out" / "weights.safetensors").exists() and "no such font" in done.stderr
+    assert (shell.folder / "out" / "model.ftl").exists() and "no such font" in done.stderr
     assert (shell.folder / "out" / "summary.csv").exists()
 
 
@@ -124,18 +124,30 @@ def test_weights_of_something_else_are_refused(shell, stripes, tmp_path):
     (stripes.parent / "others" / "slanted").mkdir(parents=True)
     for label in ("lying", "standing"): (stripes.parent / "others" / label).symlink_to(stripes / label)
     for p in (stripes / "lying").iterdir(): (stripes.parent / "others" / "slanted" / p.name).write_bytes(p.read_bytes())
-    assert "slanted" in complaint(check(shell("evaluate", stripes.parent / "others", "--weights", "out/weights.safetensors"), 2))
+    assert "slanted" in complaint(check(shell("evaluate", stripes.parent / "others", "--model", "out/model.ftl"), 2))
     (shell.folder / "odd.safetensors").write_bytes(b"odd")
-    assert "cannot read weights" in complaint(check(shell("evaluate", stripes, "--weights", "odd.safetensors"), 2))
-    assert "there is no test set" in complaint(check(shell("evaluate", stripes, "--weights", "out/weights.safetensors", "--on", "test"), 2))
+    assert "cannot read weights" in complaint(check(shell("evaluate", stripes, "--model", "odd.safetensors"), 2))
+    assert "there is no test set" in complaint(check(shell("evaluate", stripes, "--model", "out/model.ftl", "--on", "test"), 2))
 
 
-def test_weights_load_into_the_same_network(shell, stripes):
-    from safetensors import safe_open
-    check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
-    with safe_open(shell.folder / "out" / "weights.safetensors", "pt") as f:
-        assert '"classes": ["lying", "standing"]' in f.metadata()["ftlib"]
-        assert all(np.isfinite(f.get_tensor(k).float().numpy()).all() for k in f.keys())
+def test_weights_of_an_earlier_version_are_evaluated(shell, stripes):
+    "Before bundles, `ftlib train` wrote bare weights; they give the figures that the bundle gives"
+    from ftlib.data.images import image_data
+    from ftlib.deploy.bundle import load_bundle
+    from ftlib.experiment.pipeline import save_weights
+    check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--out", "out"), 0)
+    dls = image_data(stripes, size=32, bs=8)
+    save_weights(load_bundle(shell.folder / "out" / "model.ftl").learner(dls), shell.folder / "out" / "old.safetensors")
+    for name, model in (("a", "out/model.ftl"), ("b", "out/old.safetensors")): check(shell("evaluate", stripes, "--bs", 8, "--weights", model, "--out", name), 0)
+    one, two = (pd.read_csv(shell.folder / name / "figures.csv") for name in "ab")
+    pd.testing.assert_frame_equal(one, two, rtol=1e-5)
+
+
+def test_a_bundle_that_cannot_be_written_costs_no_weights(shell, stripes, monkeypatch):
+    def fails(*args, **kwargs): raise OSError("no space left")
+    monkeypatch.setattr("ftlib.experiment.pipeline.save_bundle", fails)
+    done = check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
+    assert "no space left" in done.stderr and "0." in check(shell("evaluate", stripes, "--model", "out/weights.safetensors"), 0).stdout
 
 
 def test_the_same_seed_gives_the_same_run(shell, stripes):

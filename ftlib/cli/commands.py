@@ -29,6 +29,17 @@ def _learner(source, arch, weights, data):
     return learn
 
 
+def _bundled(source, path, data):
+    "A learner out of a bundle, over data for a command"
+    os.environ.setdefault("MPLBACKEND", "agg")
+    from fastai.metrics import accuracy
+    from ftlib.data.images import image_data
+    from ftlib.experiment.pipeline import learner_of
+    dls = image_data(source, **data)
+    print(dls.summary().to_string(), end="\n\n")
+    return learner_of(path, dls, metrics=accuracy)
+
+
 def _data(args):
     "Arguments of `image_data` from the command line"
     return {name: getattr(args, name) for name in ("size", "valid", "seed", "bs")}
@@ -105,38 +116,64 @@ def lr_find(args):
 
 
 def evaluate(args):
-    "Evaluate the weights of `train`"
+    "Evaluate what `train` has written"
     args.out.mkdir(parents=True, exist_ok=True)
     from ftlib.experiment.pipeline import as_trained, load_weights, weights_about
     about = weights_about(args.weights)
-    learn = _learner(as_trained(args.folder, args.weights) if args.on == "valid" else args.folder, about["arch"], "none", _data(args) | {"size": args.size or about.get("size") or 224})
-    load_weights(learn, args.weights)
+    source = as_trained(args.folder, args.weights) if args.on == "valid" else args.folder
+    data = _data(args) | {"size": args.size or about.get("size") or 224}
+    learn = _bundled(source, args.weights, data) if about["bundle"] else _learner(source, about["arch"], "none", data)
+    if not about["bundle"]: load_weights(learn, args.weights)
     report = learn.evaluate(args.folder if args.on == "all" else args.on, tta=args.tta)
     print(_classes(report) + f"\n\n{report}")
     print(f"written to {args.out}: {', '.join(p.name for p in report.save(args.out, title=str(args.folder)))}")
 
 
 def predict(args):
-    "Classes of new images"
+    "Classes of new images; their rows are written as they come"
     _place(args.csv)
-    from ftlib.system.tables import write_csv
+    from collections import Counter
+    from contextlib import nullcontext
+    from time import perf_counter
+    from ftlib.system.files import atomic_write
     from ftlib.deploy.bundle import load_bundle
     from ftlib.deploy.predict import sort_into_folders
-    table = load_bundle(args.model).predict_images(args.source, top=args.top, bs=args.bs, threshold=args.threshold, progress=sys.stderr.isatty())
+    batches = load_bundle(args.model).predict_batches(args.source, top=args.top, bs=args.bs, threshold=args.threshold, progress=sys.stderr.isatty())
+    counts, start = Counter(), perf_counter()
+    with atomic_write(args.csv) if args.csv else nullcontext() as file:
+        for table in batches:
+            if file: _append(table, file)
+            if args.copy_to: sort_into_folders(table, args.copy_to)
+            _count(table, counts)
+    print("\n".join(f"{n:>8,}  {name}" for name, n in counts.most_common()))
+    n, written = counts.total() - counts["(cannot be read)"], [str(p) for p in (args.csv, args.copy_to) if p]
+    print(f"\n{n:,} images in {(s := perf_counter() - start):.1f} s, {n / s:.0f} images/s" + (f"; written to {' and '.join(written)}" if written else ""))
+
+
+def _append(table, file):
+    "Writes rows of a CSV, the first of them with the names of the columns"
+    from ftlib.system.tables import csv_text
+    file.write(csv_text(table, header=not file.tell()))
+
+
+def _count(table, counts):
+    "Adds the classes of a table to `counts`, and names the first five images that can't be read"
     unread = table["error"].notna()
-    counts = table["class"].mask(table["unsure"], "(unsure)").mask(unread, "(cannot be read)").value_counts()
-    print(counts.rename_axis("class").rename("images").to_string())
-    for path, error in table.loc[unread, ["path", "error"]].head(5).itertuples(index=False): print(f"{path}: {error}", file=sys.stderr)
-    if args.csv: write_csv(table, args.csv)
-    if args.copy_to: sort_into_folders(table, args.copy_to)
-    written = [str(p) for p in (args.csv, args.copy_to) if p]
-    print(f"\n{len(table) - unread.sum():,} images" + (f"; written to {' and '.join(written)}" if written else ""))
+    for path, error in table.loc[unread, ["path", "error"]].head(max(0, 5 - counts["(cannot be read)"])).itertuples(index=False): print(f"{path}: {error}", file=sys.stderr)
+    counts.update(table["class"].mask(table["unsure"], "(unsure)").mask(unread, "(cannot be read)"))
 
 
 def info(args):
     "What a bundle says of itself"
     from ftlib.deploy.bundle import load_bundle
     print(load_bundle(args.model).card())
+
+
+def serve(args):
+    "A web page and an HTTP endpoint for a bundle, until the process is stopped"
+    from ftlib.deploy.endpoint import serve
+    from ftlib.deploy.uploads import Limits
+    serve(args.model, args.host, args.port, args.token, limits=Limits(images=args.most_images, at_once=args.at_once), page=not args.no_page)
 
 
 def _arch(args):

@@ -24,10 +24,12 @@ EXAMPLES = {
              "ftlib train digits --arch cnn --size 28 --epochs 20",
     "lr-find": "ftlib lr-find flowers --arch resnet18\nftlib lr-find flowers --unfrozen --out runs/rates",
     "evaluate": "ftlib evaluate flowers                  # what 'ftlib train flowers' left in runs/train\n"
-                "ftlib evaluate photographs --on all --weights flowers.safetensors --out runs/photographs",
+                "ftlib evaluate photographs --on all --model flowers.ftl --out runs/photographs",
     "predict": "ftlib predict photographs             # by what 'ftlib train' left in runs/train\n"
                "ftlib predict 'inbox/*.jpg' --model flowers.ftl --top 3 --csv classes.csv --copy-to sorted",
     "info": "ftlib info runs/train/model.ftl",
+    "serve": "ftlib serve                           # what 'ftlib train' left in runs/train, at http://127.0.0.1:7860\n"
+             "FTLIB_TOKEN=secret ftlib serve flowers.ftl --host 0.0.0.0 --port 8000 --no-page",
     "compare": "ftlib compare flowers --arch resnet18 --epochs 4\n"
                "ftlib compare flowers --probe resnet18 mobilenetv3_large_100 efficientnet_b0   # which body?",
     "cv": "ftlib cv flowers --arch resnet18 --k 5\nftlib cv flowers --recipe fine-tune --epochs 4",
@@ -51,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
                "  130  stopped by Ctrl-C")
     parser.add_argument("--version", action="version", version=f"ftlib {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _predict_options, _info_options, _compare_options, _cv_options, _audit_options, _models_options, _cache_options): add(commands)
+    for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _predict_options, _info_options, _serve_options, _compare_options, _cv_options, _audit_options, _models_options, _cache_options): add(commands)
     return parser
 
 
@@ -129,7 +131,7 @@ def _lr_find_options(commands):
 def _evaluate_options(commands):
     command = _command(commands, "evaluate", do.evaluate, "Evaluate a network: metrics with intervals, classes, errors, an HTML report")
     _data_options(command)
-    command.add_argument("--weights", metavar="PATH", type=Path, default=Path("runs/train/weights.safetensors"), help="weights file of 'ftlib train'")
+    command.add_argument("--model", "--weights", dest="weights", metavar="PATH", type=Path, default=Path("runs/train/model.ftl"), help="a bundle: what 'ftlib train' or learn.bundle() wrote; or a file of weights by an earlier 'ftlib train'")
     command.add_argument("--on", choices=["valid", "test", "all"], default="valid",
                          help="the validation set of 'ftlib train', the images in DIR/test, or all in DIR")
     command.set_defaults(size=None)
@@ -151,6 +153,17 @@ def _predict_options(commands):
 def _info_options(commands):
     command = _command(commands, "info", do.info, "Show what a bundle says of itself: classes, figures, licence")
     command.add_argument("model", metavar="PATH", type=Path, help="a bundle: what 'ftlib train' or learn.bundle() wrote")
+
+
+def _serve_options(commands):
+    command = _command(commands, "serve", do.serve, "Serve a web page and an HTTP endpoint that classify images")
+    command.add_argument("model", metavar="PATH", nargs="?", type=Path, default=Path("runs/train/model.ftl"), help="a bundle: what 'ftlib train' or learn.bundle() wrote")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is reached from other machines")
+    command.add_argument("--port", type=_whole, default=7860, help="port to listen at")
+    command.add_argument("--token", help="what every request must bring (by default $FTLIB_TOKEN; none if that is not set)")
+    command.add_argument("--no-page", action="store_true", help="only the endpoint for programs")
+    command.add_argument("--most-images", type=_whole, default=500, metavar="N", help="images in one request or zip file")
+    command.add_argument("--at-once", type=_whole, default=2, metavar="N", help="requests that are answered at the same time")
 
 
 def _compare_options(commands):

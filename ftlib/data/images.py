@@ -23,9 +23,8 @@ from fastai.vision.augment import RandomErasing, RandomResizedCrop
 from fastai.vision.core import PILImage, TensorImage
 from fastcore.foundation import L
 from fasttransform import DisplayedTransform
-from PIL import Image, ImageOps
 
-from .cache import DecodedImages
+from .cache import DecodedImages, resize_bilinear
 from .loader import Sample, GetLabel, LoadImage, ImageDL
 from ..errors import DataError, did_you_mean
 from .decode import check_file
@@ -42,7 +41,11 @@ class CenterCrop(DisplayedTransform):
         self.size, self.margin = size, margin
 
     def encodes(self, x:PILImage):
-        return PILImage(ImageOps.fit(x, (self.size, self.size), Image.Resampling.BILINEAR, bleed=self.margin / 2))
+        # the arithmetic of Pillow's ImageOps.fit
+        cut = [self.margin / 2 * n for n in x.size]
+        live = [n - 2 * c for n, c in zip(x.size, cut)]
+        start = [c + (n - min(live)) * .5 for n, c in zip(live, cut)]
+        return PILImage(resize_bilinear(x, (self.size, self.size), (*start, *(s + min(live) for s in start))))
 
 
 class UniformErasing(RandomErasing):

@@ -145,25 +145,38 @@ class Predictor:
 
     def predict_images(self,
         source,                  # What `find_images` takes
+        **kwargs,                # More arguments of `predict_batches`: top, bs, threads, threshold, embeddings, progress
+    ) -> pd.DataFrame:           # One row an image: path (or image), class, probability, class_2, probability_2, …, unsure, error
+        "Classify images, which are decoded in parallel and never all in memory. An image that cannot be decoded has no class, but the reason in `error`. Raises `DeployError`."
+        return pd.concat(self.predict_batches(source, **kwargs), ignore_index=True)
+
+    def predict_batches(self,
+        source,                  # What `find_images` takes
         top:int=1,               # Classes for each image, the most probable first
         bs:int=64,               # Images in a batch
         threads:int|None=None,   # That decode; by default one per core, at most 8
         threshold:float|None=None, # Answers of a lower probability are unsure; by default the predictor's own
         embeddings:bool=False,   # Also the features that the head gets, as a column of arrays
         progress:bool=True,      # Show a bar with images a second
-    ) -> pd.DataFrame:           # One row an image: path (or image), class, probability, class_2, probability_2, …, unsure, error
-        "Classify images, which are decoded in parallel and never all in memory. An image that cannot be decoded has no class, but the reason in `error`. Raises `DeployError`."
+    ):                           # Yields tables like those of `predict_images`
+        "`predict_images` one batch after another, for more images than a table should hold. Raises `DeployError`."
         if not isinstance(top, int) or not 1 <= top <= len(self.classes): raise DeployError(f'top={top!r}: give a number of classes from 1 to {len(self.classes)}.')
         if not isinstance(bs, int) or bs < 1: raise DeployError(f'bs={bs!r}: give a number of images, 1 or more.')
         images, threads = find_images(source), threads or min(8, os.cpu_count() or 1)
-        threshold, rows, start = self.threshold if threshold is None else threshold, [], time.perf_counter()
+        batches = _batches(_prepared(self.prepare, images, threads, 2 * bs + threads), bs)
         bar = progress_bar(range(len(images)), leave=False, display=progress)
+        return self._tables(batches, bar, top, self.threshold if threshold is None else threshold, embeddings)
+
+    def _tables(self, batches, bar, *how):
+        "A table for each batch"
         bar.update(0)
-        for batch in _batches(_prepared(self.prepare, images, threads, 2 * bs + threads), bs):
-            rows += self._rows(batch, len(rows), top, threshold, embeddings)
-            bar.comment = f'{len(rows) / (time.perf_counter() - start):.0f} images/s'
-            bar.update(len(rows))
-        return pd.DataFrame({column: pd.Series([row[column] for row in rows], dtype=float if column.startswith('prob') else bool if column == 'unsure' else object) for column in rows[0]})
+        n, start = 0, time.perf_counter()
+        for batch in batches:
+            rows = list(self._rows(batch, n, *how))
+            n += len(rows)
+            bar.comment = f'{n / (time.perf_counter() - start):.0f} images/s'
+            bar.update(n)
+            yield pd.DataFrame({column: pd.Series([row[column] for row in rows], dtype=_column_type(column)) for column in rows[0]})
 
     def _rows(self, batch, n_before, top, threshold, embeddings):
         "A dictionary for each image of a batch"
@@ -179,6 +192,9 @@ class Predictor:
                 row |= {f'class{end}': None if i is None else self.classes[i], f'probability{end}': p}
             row |= dict(unsure=pixels is not None and best[0] < threshold, error=error)
             yield row | dict(embedding=embedding) if embeddings else row
+
+
+def _column_type(column): return float if column.startswith('prob') else bool if column == 'unsure' else object
 
 
 def as_predictor(

@@ -72,16 +72,22 @@ class Calibration:
     @property
     def table(self) -> pd.DataFrame:
         "Loss, Brier score and ECE before and after, on the images of the calibration."
+        self._check()
         return pd.DataFrame({'before': self.before.table.value, 'after': self.after.table.value}).loc[['loss', 'Brier', 'ECE']]
+
+    def _check(self):
+        if self.before is None: raise EvaluateError('this calibration was read from a bundle, which does not hold its tables: learn.calibrate() makes them anew.')
 
     def abstain(self, accuracy:float, lower_end:bool=False) -> pd.Series:
         "Set the threshold for an accuracy of accepted predictions; see `threshold_for`."
+        self._check()
         row = threshold_for(self.after.coverage, accuracy, lower_end)
         self.threshold = float(row['threshold'])
         return row
 
     def plot(self, figsize=(9, 3.8)):
         "Plot reliability diagrams before and after; returns the figure."
+        self._check()
         import matplotlib.pyplot as plt
         fig, axs = plt.subplots(1, 2, figsize=figsize, layout='constrained')
         for ax, r, name in zip(axs, (self.before, self.after), ('before', f'after: temperature {self.temperature:.2f}')):
@@ -89,7 +95,7 @@ class Calibration:
             ax.set_title(name)
         return fig
 
-    def __repr__(self): return f'Calibration(temperature={self.temperature:.3f}, threshold={self.threshold:.3f})\n{self.table.round(4).to_string()}'
+    def __repr__(self): return f'Calibration(temperature={self.temperature:.3f}, threshold={self.threshold:.3f})' + (f'\n{self.table.round(4).to_string()}' if self.before is not None else '')
 
 # %% ../../nbs/86_evaluate.calibrate.ipynb #fa8fb67e
 @patch
