@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from torch import nn
 
 from .predict import Predictor, as_predictor
 from .uploads import Limits, check_upload, classify_uploads
@@ -61,10 +62,12 @@ def heat_map(
     x = pixels[None].to(model.device).float() / 255
     try: where = class_maps(model.net, x, torch.tensor([of], device=model.device))[0][0]
     except EvaluateError: return None
-    return (255 * _heat(x[0].permute(1, 2, 0).cpu().numpy(), where.cpu().numpy())).round().astype('uint8')
+    shown = torch.from_numpy(_heat(x[0].permute(1, 2, 0).cpu().numpy(), where.cpu().numpy())).permute(2, 0, 1)[None]
+    if shown.shape[-1] < 280: shown = nn.functional.interpolate(shown, size=(280, 280), mode='bilinear')
+    return (255 * shown[0].permute(1, 2, 0)).clamp(0, 255).round().byte().numpy()
 
 # %% ../../nbs/92f_deploy.app.ipynb #55033f3d
-_STYLE = '.gradio-container {max-width: 900px !important; margin: auto} footer {display: none !important} .said {min-height: 1.6em}'
+_STYLE = '.gradio-container {width: 100% !important; max-width: 1000px !important; margin: auto} footer {display: none !important} .said {min-height: 1.6em}'
 
 
 def _gradio():
@@ -137,9 +140,9 @@ def _many(gr, shipped, limits, once):
         place = Path(tempfile.mkdtemp(dir=blocks_folder(gr))) / 'classes.csv'
         write_csv(found, place)
         unread = int(found['error'].notna().sum())
-        text = f'{len(found) - unread:,} images' + f', {unread:,} files that cannot be read' * (unread > 0)
+        text = f'{len(found) - unread:,} images' + f', {unread:,} file{"s" * (unread > 1)} that cannot be read' * (unread > 0)
         shown = found.assign(probability=found['probability'].map('{:.1%}'.format, na_action='ignore'), unsure=found['unsure'].map({True: 'not sure', False: ''}))
-        return text, gr.Dataframe(shown[['path', 'class', 'probability', 'unsure', 'error']].astype(object).fillna('').values.tolist(), headers=['image', 'class', 'probability', '', 'problem'], visible=True), gr.DownloadButton(str(place), visible=True)
+        return text, gr.Dataframe(shown[['path', 'class', 'probability', 'unsure', 'error']].astype(object).fillna('').values.tolist(), headers=['image', 'class', 'probability', '', 'problem'], visible=True), gr.DownloadButton('Download as CSV', value=str(place), visible=True)
     start.click(answer, files, [said, table, csv], **once)
 
 

@@ -92,7 +92,7 @@ def _directory(data):
     if end < 0 or end + 22 > len(data): raise zipfile.BadZipFile('there is no directory')
     if int.from_bytes(data[end + 12:end + 16], 'little') > _DIRECTORY: raise zipfile.BadZipFile('the directory is too large')
     archive = zipfile.ZipFile(BytesIO(data))
-    def shown(name): return not name.endswith('/') and not any(part.startswith(('.', '__MACOSX')) and part.strip('.') for part in name.split('/'))
+    def shown(name): return not name.endswith('/') and not any(part.startswith(('.', '__MACOSX')) and part.strip('.') for part in name.replace('\\', '/').split('/'))
     return archive, [info for info in archive.infolist() if shown(info.filename)]
 
 
