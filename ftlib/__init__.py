@@ -53,6 +53,7 @@ _ROOMS = {
     "deploy.bundle": "save_bundle load_bundle",
     "deploy.onnx": "write_onnx",
     "deploy.latency": "",
+    "deploy.update": "",
     "deploy.uploads": "Limits",
     "deploy.endpoint": "web_app serve",
     "deploy.app": "classifier_page",
