@@ -57,6 +57,7 @@ _ROOMS = {
     "deploy.uploads": "Limits",
     "deploy.endpoint": "web_app serve",
     "deploy.app": "classifier_page",
+    "deploy.hub": "",
     "experiment.paired": "paired_test",
     "experiment.runs": "RunStore",
     "experiment.compare": "compare Comparison",

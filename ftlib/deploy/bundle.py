@@ -169,10 +169,13 @@ def network_with_classes(
 
 
 def load_bundle(
-    path,           # That `save_bundle` has written
+    path,           # That `save_bundle` has written, or 'hub:me/flowers' on the Hugging Face Hub
     device='cpu',
 ) -> Bundle:
     "The classifier in a file. Nothing in it is executed. Raises `DeployError` where it is no bundle, is damaged, or is of another network than it says."
+    if isinstance(path, str) and path.startswith('hub:'):
+        from ftlib.deploy.hub import hub_file
+        path = hub_file(path.removeprefix('hub:'))
     about, shapes, text, digest = _read_header(path)
     net = _checked(path, about['network'], len(about['classes']), shapes)
     from safetensors import SafetensorError
