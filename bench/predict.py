@@ -28,7 +28,7 @@ def linked(folder, images, files, broken):
     (folder.parent / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     for i in range(files):
         bad = broken and i % (files // broken) == 0 and i // (files // broken) < broken
-        # copies of broken ones, and hard copies' names, since a target of several links is listed once
+        # the target of several links is listed once, so that images are copied where there are too few
         target = folder / f"{i:06}.jpg"
         if bad: target.write_bytes(b"\xff\xd8\xff\xe0 no image " + str(i).encode())
         else: target.write_bytes(images[i % len(images)].read_bytes()) if i >= len(images) else target.symlink_to(images[i].resolve())

@@ -42,3 +42,14 @@ def test_a_bench_runs(root, place, name, args, columns):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr[-2000:]
     assert columns <= set(pd.read_csv(out))
+
+
+def test_the_bench_of_predictions_runs(root, place):
+    "Another kind of arguments: files, of which some are broken"
+    out = place / "predict.csv"
+    args = "--sets", "stripes", "--size", "32", "--bs", "4", "--files", "20", "--broken", "2"
+    command = [sys.executable, "-W", "ignore", root / "bench" / "predict.py", "--data", place / "data", "--weights", place / "resnet18.pth", "--out", out, *args]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = pd.read_csv(out).set_index(["way", "files"])
+    assert table.loc[("predict", 20), "images"] == 18 and table.loc[("predict", 20), "errors"] == 2 and (table["images/s"] > 0).all()

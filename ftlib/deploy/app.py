@@ -94,10 +94,9 @@ def classifier_page(
 
 def _one(gr, shipped, limits, once):
     "The tab for one image"
-    upload = _upload(gr, limits)
     with gr.Row():
         with gr.Column():
-            image = upload(type='filepath', image_mode=None, sources=['upload', 'clipboard'], label='Image', height=320)
+            image = _checked(gr, gr.Image(type='filepath', image_mode=None, sources=['upload', 'clipboard'], label='Image', height=320), limits)
             heat = gr.Checkbox(False, label='Show where the network looked', visible=find_spec('captum') is not None)
         with gr.Column():
             said, bars = gr.Markdown(elem_classes='said'), gr.Label(num_top_classes=3, label='Classes')
@@ -112,23 +111,21 @@ def _one(gr, shipped, limits, once):
     for change in (image.change, heat.change): change(answer, [image, heat], [bars, said, seen], **once)
 
 
-def _upload(gr, limits):
-    "gradio's image, which says in one sentence what is wrong with a file, and never decodes one that is too large"
-    class Upload(gr.Image):
-        is_template = True  # to the browser it is an image as any
-
-        def preprocess(self, payload):
-            if payload is None: return None
-            if payload.path is None: raise gr.Error('The file was not uploaded.', print_exception=False)
-            try: check_upload(read_upload(payload.path, limits), limits)
-            except ImageError as e: raise gr.Error(str(e), print_exception=False) from e
-            return payload.path
-    return Upload
+def _checked(gr, image, limits):
+    "gradio's image, which says in one sentence what is wrong with a file, and never decodes one that is too large. No subclass: gradio would write a file beside this module"
+    def preprocess(payload):
+        if payload is None: return None
+        if payload.path is None: raise gr.Error('The file was not uploaded.', print_exception=False)
+        try: check_upload(read_upload(payload.path, limits), limits)
+        except ImageError as e: raise gr.Error(str(e), print_exception=False) from e
+        return payload.path
+    image.preprocess = preprocess
+    return image
 
 
 def _many(gr, shipped, limits, once):
     "The tab for many images"
-    files = gr.File(file_count='multiple', label=f'Images or a zip file; at most {limits.images} images', height=160)
+    files = gr.File(file_count='multiple', label=f'Images or zip files, at most {limits.images}', height=160)
     start = gr.Button('Classify', variant='primary')
     said, table = gr.Markdown(elem_classes='said'), gr.Dataframe(visible=False, interactive=False, wrap=True, label='Answers')
     csv = gr.DownloadButton('Download as CSV', visible=False)
@@ -141,8 +138,8 @@ def _many(gr, shipped, limits, once):
         write_csv(found, place)
         unread = int(found['error'].notna().sum())
         text = f'{len(found) - unread:,} images' + f', {unread:,} file{"s" * (unread > 1)} that cannot be read' * (unread > 0)
-        shown = found.assign(probability=found['probability'].map('{:.1%}'.format, na_action='ignore'), unsure=found['unsure'].map({True: 'not sure', False: ''}))
-        return text, gr.Dataframe(shown[['path', 'class', 'probability', 'unsure', 'error']].astype(object).fillna('').values.tolist(), headers=['image', 'class', 'probability', '', 'problem'], visible=True), gr.DownloadButton('Download as CSV', value=str(place), visible=True)
+        shown = found.assign(probability=found['probability'].map('{:.1%}'.format, na_action='ignore'), **{'class': found['class'].mask(found['unsure'], 'not sure')})
+        return text, gr.Dataframe(shown[['class', 'probability', 'path', 'error']].astype(object).fillna('').values.tolist(), headers=['class', 'probability', 'image', 'problem'], visible=True), gr.DownloadButton('Download as CSV', value=str(place), visible=True)
     start.click(answer, files, [said, table, csv], **once)
 
 
