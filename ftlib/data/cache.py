@@ -30,7 +30,7 @@ def digest(*parts) -> str:  # Bytes or text
     "Hash of `parts`, 32 hexadecimal digits"
     h = hashlib.blake2b(digest_size=16)
     for p in parts:
-        p = p.encode() if isinstance(p, str) else p
+        p = p.encode(errors="surrogateescape") if isinstance(p, str) else p  # file names need not be UTF-8
         h.update(len(p).to_bytes(8, "little") if isinstance(p, bytes) else memoryview(p).nbytes.to_bytes(8, "little"))
         h.update(p)
     return h.hexdigest()

@@ -6,6 +6,8 @@
 __all__ = ['CenterCrop', 'UniformErasing', 'augmentations', 'WeightedLoss', 'ImageData', 'bad_files', 'image_data']
 
 # %% ../../nbs/16_data.images.ipynb #f1b6770a
+import difflib
+import inspect
 import math
 import os
 import random
@@ -204,8 +206,10 @@ valid:float=.2,            # Fraction of each class for validation; a split of t
     split:str|None=None,       # … the splits
     device=None,               # Where batches go; fastai's default
     cache:bool=True,           # Decode each image once, in the first epoch, and cache it (`data.cache`)
+    **others,                  # Names of other libraries raise an error that gives ftlib's
 ) -> ImageData:                # Batches of floats in [0, 1], 3 × size × size, and class numbers
     "Build fastai `DataLoaders` for images from any source. Raises `DataError` if no classifier can be trained on the data."
+    if others: raise TypeError(_not_an_argument(*next(iter(others.items()))))
     auto_bs, bs = isinstance(bs, str) and bs == "auto", 64 if isinstance(bs, str) and bs == "auto" else bs
     _check_settings(size, bs, balance, num_workers, seed)
     size, bs, seed = int(size), int(bs), int(seed)
@@ -224,7 +228,21 @@ valid:float=.2,            # Fraction of each class for validation; a split of t
     return dls
 
 
+# What other libraries call the arguments of `image_data`
+_ALSO_CALLED = dict(valid_pct="valid", valid_size="valid", val_pct="valid", validation_split="valid", test_pct="test", test_size="test", test_split="test", batch_size="bs", img_size="size",
+                    image_size="size", item_tfms="augment", batch_tfms="augment", aug_transforms="augment", random_state="seed", random_seed="seed", workers="num_workers", valid_col="split",
+                    fn_col="path", x_col="path", label_col="label", y_col="label", vocab="names", classes="names", directory="source", folder="source")
+
+
+def _not_an_argument(name, value):
+    "Message for an argument that there is not: what it is called here"
+    known = [p for p in inspect.signature(image_data).parameters if p != "others"]
+    meant = _ALSO_CALLED.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+    return f"image_data has no argument {name}=: " + (f"it is called {meant}= here." if meant else f"it has {', '.join(known)}.")
+
+
 def _check_settings(size, bs, balance, num_workers, seed):
+    if isinstance(size, (tuple, list)): raise DataError(f"size={size!r}: images are square here; give one number, as size={max(size, default=224)}, or use fastai's `ImageDataLoaders` with `Resize({size!r})`.")
     for name, value, least in (("size", size, 1), ("bs", bs, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
         if name == "num_workers" and value is None: continue
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

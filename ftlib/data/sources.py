@@ -102,13 +102,16 @@ def _plain(label):
     return label.item() if hasattr(label, "item") else label
 
 
+def _is_missing(label): return label is None or label is pd.NA or label is pd.NaT or bool(label != label)
+
+
 def _source(items, labels, splits=None, classes=None, path=".", others=()):
     "Build a `Source` from columns and check the labels"
     items, labels = list(items), [_plain(x) for x in labels]
     if len(items) != len(labels):
         raise DataError(f"{len(items)} images but {len(labels)} labels: give one label per image.")
     if not items: raise DataError("there are no images: the source is empty.")
-    blank = [i for i, x in enumerate(labels) if x is None or x is pd.NA or x != x or str(x).strip() == ""]
+    blank = [i for i, x in enumerate(labels) if _is_missing(x) or str(x).strip() == ""]
     if blank:
         raise DataError(f"{len(blank)} of {len(items)} images have no label, first {items[blank[0]]} (row {blank[0]}): label them or leave them out.")
     labels = [_text(x, classes) for x in labels]
@@ -209,6 +212,8 @@ def from_frame(
     root=".",             # Paths are relative to this folder
 ) -> Source:
     "Read a DataFrame; columns that are not given are found by their usual names"
+    twice = frame.columns[frame.columns.duplicated()]
+    if len(twice): raise DataError(f"the table has the column {twice[0]!r} twice: rename or drop one of them.")
     item, label = _column(frame, "item", path), _column(frame, "label", label)
     split = _column(frame, "split", split, need=False)
     if not len(frame): raise DataError("the table has no rows: give one row per image.")
@@ -220,7 +225,7 @@ def from_frame(
     labels, classes = frame[label], None
     if isinstance(labels.dtype, pd.CategoricalDtype): classes = [str(c) for c in labels.cat.categories]
     splits = [split_name(v) for v in frame[split].astype(object)] if split is not None else None
-    labels = [_text(x) if x == x and x is not None else x for x in map(_plain, labels.astype(object))]
+    labels = [x if _is_missing(x) else _text(x) for x in map(_plain, labels.astype(object))]
     return _source(items, labels, splits, classes, root)
 
 
@@ -304,7 +309,7 @@ def read_source(
     if isinstance(source, pd.DataFrame):
         return from_frame(source, root="." if root is None else existing(root), **columns)
     if isinstance(source, (str, Path)):
-        is_table = Path(source).suffix.lower() == ".csv"
+        is_table = Path(source).suffix.lower() == ".csv" and not Path(source).is_dir()
         return from_csv(source, root, **columns) if is_table else from_folder(source)
     if isinstance(source, Mapping) or hasattr(source, "column_names"): return from_mapping(source, **columns)
     if isinstance(source, (tuple, list, L)):

@@ -170,7 +170,7 @@ class Report:
         "Write the report as one self-contained HTML file."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(self, title or self.title or 'Report', worst, about), encoding='utf-8')
+        path.write_text(page(self, title or self.title or 'Report', worst, about), encoding='utf-8', errors='replace')
         return path
 
     def save(self,

@@ -71,6 +71,7 @@ class TorchOptimizer(OptimWrapper):
         for g in self.opt.param_groups:
             if g['no_decay'] and k == 'wd' or isinstance(v, dict) and g['stage'] not in v: continue
             new = v[g['stage']]
+            if isinstance(new, np.generic): new = new.item()  # numpy's numbers in a saved file are code to torch
             g[name] = tuple(new if j == int(i) else o for j, o in enumerate(g[name])) if i else new
 
     def set_hyper(self, k, v): super().set_hyper(k, _dealt(v, len(self.stages)) if self.by_stage else v)

@@ -165,7 +165,10 @@ def check_mixing(
 class CrossEntropy(CrossEntropyLossFlat):
     "fastai's `CrossEntropyLossFlat` on plain tensors, whose operations are faster than those of fastai's tensor types"
     of_torch = False  # was torch's given, of which fastai gives scores as predictions?
-    def _contiguous(self, x): return x.as_subclass(torch.Tensor).transpose(self.axis, -1).contiguous()
+    def _contiguous(self, x):
+        if torch.is_tensor(x): return x.as_subclass(torch.Tensor).transpose(self.axis, -1).contiguous()
+        has = f', with {", ".join(map(repr, x))}' if isinstance(x, dict) else ''
+        raise TrainError(f'the network gives a {type(x).__name__}{has}, and cross-entropy needs one tensor of scores: give a module whose forward returns it, or a loss that takes what the network gives.')
 
 
 def as_cross_entropy(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'torchvision_names', 'timm_names', 'timm_renamed', 'timm_tags', 'Arch',
-           'with_channels', 'find_arch', 'backbones']
+           'executed_last', 'with_channels', 'find_arch', 'backbones']
 
 # %% ../../nbs/24_models.arch.ipynb #fef8f218
 import copy
@@ -127,9 +127,40 @@ class Arch:
         layers = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         if not layers:
             raise ArchError(f'{type(net).__name__} has no linear or convolution layer as its classifier')
-        net.set_submodule(layers[-1], nn.Identity())
-        self.classifier = [layers[-1]]
+        last = layers[-1] if self.source == 'torchvision' else executed_last(net, layers[-1])
+        if last != layers[-1]: print(f'{self.name}: the classifier is {last!r}, which is executed last.' if last else f'{self.name} has no classifier at its end, so all of its layers are kept.')
+        if last is not None: net.set_submodule(last, nn.Identity())
+        self.classifier = [last] if last is not None else []
         return net
+
+@torch.no_grad()
+def executed_last(
+    net,      # A network, which may have a classifier
+    default,  # The answer where it cannot be run on images of noise
+):            # A name, or None for a network without a classifier
+    "The name of the classifier: the linear layer or 1×1 convolution whose outputs are the network's, up to pooling and a softmax."
+    ran, out, side = [], None, _own_size(net) or 224
+    own = [(n, m) for n, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    hooks = [m.register_forward_hook(lambda m, x, out, n=n: ran.append((n, m, out))) for n, m in own]
+    modes = {m: m.training for m in net.modules()}
+    channels = [3, *(m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d))]
+    try:
+        for n in dict.fromkeys(channels):  # the first convolution that is registered may not be the first that is executed
+            ran.clear()
+            try: out = net.eval()(torch.rand(2, n, side, side))
+            except Exception: continue  # the network's own code, which may raise anything
+            break
+    finally:
+        for h in hooks: h.remove()
+        for m, mode in modes.items(): m.training = mode
+    if not ran or not torch.is_tensor(out): return default
+    if out.flatten(1).shape[1] != out.shape[1]: return None  # a map or tokens
+    out = out.flatten(1)
+    name, layer, last = ran[-1]
+    if isinstance(layer, nn.Conv2d): return name if layer.kernel_size == (1, 1) and out.shape[1] == layer.out_channels else None
+    if not isinstance(layer, nn.Linear) or last.shape != out.shape: return None
+    scores = last, last.softmax(-1), last.log_softmax(-1), last.sigmoid()
+    return name if any(torch.allclose(out, o, atol=1e-5) for o in scores) else None
 
 def _own_size(net):
     "The input size that a network with position embeddings was built for, or None."

@@ -176,7 +176,9 @@ def backbone(arch,               # A name, a function that builds a classifier, 
     net = _filled(a, weights, n_in, **kwargs)
     if callable(cut): net, cut = cut(net), None
     size = input_size or a.size
-    stages, shapes, width = _end(*_split(net, a.name, n_in, size), cut, concat_pool, pool)
+    parts, shapes = _split(net, a.name, n_in, size)
+    if not shapes[-1]: raise ArchError(f'{a.name} gives more than one tensor, as a tuple or a dictionary of logits: give a module whose forward returns the one that the head is to get.')
+    stages, shapes, width = _end(parts, shapes, cut, concat_pool, pool)
     norm = Normalize(_channels(a.mean, n_in), _channels(a.std, n_in)) if normalize else nn.Identity()
     return Body(norm, stages, width, a.name, size, shapes).train()
 

@@ -25,7 +25,7 @@ def extract_state_dict(checkpoint: dict) -> dict:
         inner = next((checkpoint[k] for k in WRAPPERS if isinstance(checkpoint.get(k), dict)), None)
         if inner is None: break
         checkpoint = inner
-    return {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
+    return {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
 
 def strip_prefixes(state: dict):
     "Yield the state dict as it is, and then with one prefix after another removed from its keys."
@@ -73,6 +73,7 @@ def load_state(net: nn.Module,         # A network without its classifier
                name=None,              # Name of the network in messages
               ) -> list:               # Keys that were not used, those of the old head
     "Load all weights of `net` from `state`, with any prefixes. Raises `WeightsError` if they do not match; then nothing is loaded."
+    if not isinstance(state, dict): raise WeightsError(f'{source} hold a {type(state).__name__}, not a state dict: write them by torch.save(model.state_dict(), path).')
     want = net.state_dict()
     plain = extract_state_dict(state)
     named = *strip_prefixes(plain), *strip_prefixes(_modern(plain)), _from_fastai(want, plain), *(_from_sequence(net, s) for s in strip_prefixes(plain))
@@ -133,7 +134,8 @@ def read_state(path # A .safetensors file, or one that `torch.save` wrote
         return load_file(path)
     # a reader may raise anything on a broken file; the message names the file
     except Exception as e:
-        raise WeightsError(f'{path} contains no weights that can be read safely ({type(e).__name__}: {_first_line(e)}). '
+        hint = f'If it is an exported learner that you trust, pass weights=load_learner({str(path)!r}). ' if path.suffix == '.pkl' else ''
+        raise WeightsError(f'{path} contains no weights that can be read safely ({type(e).__name__}: {_first_line(e)}). {hint}'
                            'Give a .safetensors file, or one written by torch.save(model.state_dict(), path)') from e
 
 def body_state(source # A learner, a `Network` or any module

@@ -155,7 +155,7 @@ class FitLearner(StepLearner):
             if resume_state: restore_model(self, resume_state)
             if resume_state and resume_state['end']:
                 with self.added_cbs(cbs): return checkpointer.ended(self, resume_state)
-            with self._on_features(range(done, done + n_epoch - start_epoch), cbs=cbs): super().fit(n_epoch, lr=list(lrs), wd=wd, cbs=cbs)
+            with self._on_features(range(done, done + n_epoch - start_epoch), cbs=cbs): super().fit(n_epoch, lr=lrs.tolist(), wd=wd, cbs=cbs)
         if not any(getattr(cb, 'restores_best', False) for cb in [*self.cbs, *cbs]): self._compare_with_earlier_fits()
 
     def _compare_with_earlier_fits(self):

@@ -69,7 +69,7 @@ class FreezableLearner(FastaiLearner):
         if not isinstance(groups[0], (list, L)): groups = [groups]
         lrs = self._group_lrs(self.lr, len(groups))
         self.opt = build_optimizer(self.opt_func, groups, self.model, float(lrs[-1]), self.wd_bn_bias, self.splitter is stage_splitter)
-        self.opt.set_hyper('lr', list(lrs))
+        self.opt.set_hyper('lr', lrs.tolist())
         if self.train_bn:
             for p in norm_bias_params(self.model, False): self.opt.state[p]['force_train'] = True
         self.opt.frozen_idx = self._frozen_groups()

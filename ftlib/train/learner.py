@@ -34,7 +34,7 @@ from ..metrics.activation import LossOfEach, as_cross_entropy, check_mixing, cla
 from ..callbacks.best import BestWeights
 from .fits import CheckFiniteLoss, FitLearner
 from .groups import EvalFrozenModules
-from ..errors import TrainError
+from ..errors import DamagedError, TrainError
 from ..callbacks.history import EpochLog, Recorder, plot_history
 from ..lr.finder import find_lr
 from ..lr.rates import LearningRates
@@ -55,6 +55,19 @@ _KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, Ch
 def _hypers(state):
     "Names of the hyper-parameters of an optimizer's groups"
     return [sorted(g) for g in state.get('hypers') or state['param_groups']]
+
+
+@contextmanager
+def _names_the_file(file):
+    "Context manager: what a reader raises for a damaged file becomes a `DamagedError` with its name"
+    try: yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError): raise
+    except (OSError, EOFError, pickle.UnpicklingError) as e: damage = e
+    except RuntimeError as e:
+        if not any(s in str(e) for s in ('PytorchStreamReader', 'zip archive', 'unexpected EOF', 'corrupted')): raise
+        damage = e
+    else: return
+    raise DamagedError(f'{file} is damaged or cut short, and cannot be loaded ({damage}). Write it again, or copy it again.') from damage
 
 
 class _Turns:
@@ -209,7 +222,8 @@ class Learner(FitLearner):
         if self.opt is None: self.create_opt()
         before = training_state(self)
         try:
-            with warnings.catch_warnings(record=True) as said: super().load(file, device=device, with_opt=with_opt, strict=strict, **kwargs)
+            with warnings.catch_warnings(record=True) as said, _names_the_file(join_path_file(file, self.path/self.model_dir, ext='.pth')):
+                super().load(file, device=device, with_opt=with_opt, strict=strict, **kwargs)
         except BaseException:
             load_training_state(self, before)
             raise
@@ -289,7 +303,8 @@ def load_learner(
     pickle_module=pickle,
 ) -> Learner:
     "Load an exported learner, for predictions. An error names the code that is missing here."
-    try: learn = torch.load(fname, map_location='cpu' if cpu else default_device(), pickle_module=pickle_module, weights_only=False)
+    try:
+        with _names_the_file(fname): learn = torch.load(fname, map_location='cpu' if cpu else default_device(), pickle_module=pickle_module, weights_only=False)
     except (ImportError, AttributeError) as e:
         e.args = (f'{fname} needs code that is not defined here: {e}. Import or define it under the same name, then load again.',)
         raise

@@ -150,6 +150,9 @@ class StepLearner(FreezableLearner):
             if not untried or policy == PrecisionPolicy() or is_out_of_memory(e): raise
             self.precision_policy = PrecisionPolicy()
             self.precision_policy.apply_to(self.model)
+        except ValueError as e:
+            if not self.training or 'more than 1 value per channel' not in str(e): raise
+            raise TrainError('a batch of one image cannot train a network with batch norms, which compare the images of a batch: use a larger batch size (bs=), and drop_last=True for loaders of torch.') from e
         else: return pred if policy.dtype == 'fp32' else to_float(pred)
         return self._forward()
 
