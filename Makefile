@@ -19,7 +19,7 @@ help:
 	@echo "make demo   train on solar cells (or digits), print the table, write the plots: at most five minutes"
 	@echo "make test   all that is checked before a change goes in"
 	@echo "make outputs NB=nbs/45_lr.schedule.ipynb   run a notebook, keep its outputs, write its module"
-	@echo "make slow   the long tests and the slow cells of notebooks"
+	@echo "make slow   the long tests and the slow cells of notebooks; SOAK=2000 operations in random order"
 	@echo "make docs   the site, in docs/_build/html"
 	@echo "make faults trainings killed 200 times at random moments; each must end on the same weights"
 	@echo "make bench  what importing ftlib costs beside fastai"
@@ -64,7 +64,7 @@ demo: $(READY)
 	$(BIN)/ftlib demo
 
 slow: $(READY)
-	$(QUIET) $(BIN)/python -m pytest -q -m slow tests
+	SOAK=$(or $(SOAK),2000) $(QUIET) $(BIN)/python -m pytest -q -m slow tests
 	$(BIN)/nbdev-test --flags slow --n-workers 1 --timing
 
 faults: $(READY)

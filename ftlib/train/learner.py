@@ -72,20 +72,25 @@ def _names_the_file(file):
 
 class _Turns:
     "Lets one thread after another at a learner; while one trains it, others are refused"
-    def __init__(self): self.lock, self.trains = threading.RLock(), 0
+    def __init__(self): self.lock, self.trains, self.depth = threading.RLock(), 0, 0
 
     @contextmanager
     def turn(self, trains=False):
         while not self.lock.acquire(timeout=.02 if self.trains else .2):
             if self.trains: raise TrainError('this learner is training in another thread: ask it when the fit is over, or ask a copy that was made before (`copy.deepcopy(learn)`).')
-        self.trains += trains
+        self.trains, self.depth, depth = self.trains + trains, self.depth + 1, self.depth
         try: yield
         finally:
             self.trains -= trains
-            self.lock.release()
+            while self.depth > depth: self.__exit__()  # fastai's own turns too, which stay if the first event of a validation raises
 
-    def __enter__(self): return self.lock.__enter__()
-    def __exit__(self, *error): return self.lock.__exit__(*error)
+    def __enter__(self):
+        self.lock.acquire()
+        self.depth += 1
+
+    def __exit__(self, *error):
+        self.depth -= 1
+        self.lock.release()
 
 
 class Learner(FitLearner):
