@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['cache_folder', 'atomic_write', 'is_own', 'own_folder', 'own_files', 'read_list', 'write_list', 'checksum',
-           'evict_lru', 'cache_table', 'clear_cache', 'local_copy']
+           'evict_lru', 'cache_table', 'clear_cache', 'names_the_file', 'local_copy']
 
 # %% ../../nbs/02_system.files.ipynb #a5bb841b
 import errno
 import json
 import os
+import pickle
 import re
 import stat
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from ..errors import DamagedError
 
 try: import fcntl
 except ImportError: fcntl = None  # not on Windows
@@ -178,6 +181,19 @@ def clear_cache():
     for kind, files in _kept():
         for p in files: p.unlink(missing_ok=True)
         evict_lru(cache_folder() / kind, 0)
+
+# %% ../../nbs/02_system.files.ipynb #cb8a401b
+@contextmanager
+def names_the_file(file):
+    "Context manager: what a reader raises for a damaged file becomes a `DamagedError` with its name"
+    try: yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError): raise
+    except (OSError, EOFError, pickle.UnpicklingError) as e: damage = e
+    except RuntimeError as e:
+        if not any(s in str(e) for s in ('PytorchStreamReader', 'zip archive', 'unexpected EOF', 'corrupted')): raise
+        damage = e
+    else: return
+    raise DamagedError(f'{file} is damaged or cut short, and cannot be loaded ({damage}). Write it again, or copy it again.') from damage
 
 # %% ../../nbs/02_system.files.ipynb #133b4880
 def local_copy(

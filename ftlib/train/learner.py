@@ -8,7 +8,6 @@ __all__ = ['Learner', 'load_learner']
 # %% ../../nbs/64_train.learner.ipynb #cbaf9788
 import copy
 import pickle
-import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,15 +25,16 @@ from fastcore.basics import defaults, detuplify, noop
 from fastcore.foundation import L
 from torch import nn
 
-from ..system.files import atomic_write
+from ..system.files import atomic_write, names_the_file
 from ..system.interrupt import stop_between_batches
+from ..system.turns import Turns
 from ..cache.session import held_session
 from ..data.loader import broken_mask
 from ..metrics.activation import LossOfEach, as_cross_entropy, check_mixing, classes_of, probabilities, reduces
 from ..callbacks.best import BestWeights
 from .fits import CheckFiniteLoss, FitLearner
 from .groups import EvalFrozenModules
-from ..errors import DamagedError, TrainError
+from ..errors import TrainError
 from ..callbacks.history import EpochLog, Recorder, plot_history
 from ..lr.finder import find_lr
 from ..lr.rates import LearningRates
@@ -55,42 +55,6 @@ _KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, Ch
 def _hypers(state):
     "Names of the hyper-parameters of an optimizer's groups"
     return [sorted(g) for g in state.get('hypers') or state['param_groups']]
-
-
-@contextmanager
-def _names_the_file(file):
-    "Context manager: what a reader raises for a damaged file becomes a `DamagedError` with its name"
-    try: yield
-    except (FileNotFoundError, PermissionError, IsADirectoryError): raise
-    except (OSError, EOFError, pickle.UnpicklingError) as e: damage = e
-    except RuntimeError as e:
-        if not any(s in str(e) for s in ('PytorchStreamReader', 'zip archive', 'unexpected EOF', 'corrupted')): raise
-        damage = e
-    else: return
-    raise DamagedError(f'{file} is damaged or cut short, and cannot be loaded ({damage}). Write it again, or copy it again.') from damage
-
-
-class _Turns:
-    "Lets one thread after another at a learner; while one trains it, others are refused"
-    def __init__(self): self.lock, self.trains, self.depth = threading.RLock(), 0, 0
-
-    @contextmanager
-    def turn(self, trains=False):
-        while not self.lock.acquire(timeout=.02 if self.trains else .2):
-            if self.trains: raise TrainError('this learner is training in another thread: ask it when the fit is over, or ask a copy that was made before (`copy.deepcopy(learn)`).')
-        self.trains, self.depth, depth = self.trains + trains, self.depth + 1, self.depth
-        try: yield
-        finally:
-            self.trains -= trains
-            while self.depth > depth: self.__exit__()  # fastai's own turns too, which stay if the first event of a validation raises
-
-    def __enter__(self):
-        self.lock.acquire()
-        self.depth += 1
-
-    def __exit__(self, *error):
-        self.depth -= 1
-        self.lock.release()
 
 
 class Learner(FitLearner):
@@ -117,7 +81,7 @@ class Learner(FitLearner):
                          path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms,
                          default_cbs=False)
         self.default_cbs = default_cbs
-        self.lock = _Turns()
+        self.lock = Turns()
         if default_cbs: self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, LearningRates, EpochLog, BestWeights, CheckFiniteLoss])
         self.add_cbs(cbs)
         self.cache, self.views, self.seed = cache, views, seed
@@ -129,7 +93,7 @@ class Learner(FitLearner):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.lock = _Turns()
+        self.lock = Turns()
 
     @property
     def metrics(self): return self._metrics
@@ -227,7 +191,7 @@ class Learner(FitLearner):
         if self.opt is None: self.create_opt()
         before = training_state(self)
         try:
-            with warnings.catch_warnings(record=True) as said, _names_the_file(join_path_file(file, self.path/self.model_dir, ext='.pth')):
+            with warnings.catch_warnings(record=True) as said, names_the_file(join_path_file(file, self.path/self.model_dir, ext='.pth')):
                 super().load(file, device=device, with_opt=with_opt, strict=strict, **kwargs)
         except BaseException:
             load_training_state(self, before)
@@ -309,7 +273,7 @@ def load_learner(
 ) -> Learner:
     "Load an exported learner, for predictions. An error names the code that is missing here."
     try:
-        with _names_the_file(fname): learn = torch.load(fname, map_location='cpu' if cpu else default_device(), pickle_module=pickle_module, weights_only=False)
+        with names_the_file(fname): learn = torch.load(fname, map_location='cpu' if cpu else default_device(), pickle_module=pickle_module, weights_only=False)
     except (ImportError, AttributeError) as e:
         e.args = (f'{fname} needs code that is not defined here: {e}. Import or define it under the same name, then load again.',)
         raise
