@@ -22,8 +22,13 @@ from ..system.tables import write_csv
 from ..train.learner import Learner
 
 # %% ../../nbs/92f_deploy.app.ipynb #21c8a13a
-def read_upload(path, limits):
-    "The bytes of a file that the page has stored under a name of its own. Raises `ImageError`."
+def read_upload(
+    path,            # Of a file that gradio has stored; a program can ask for any other, which is refused
+    limits:Limits,
+    folder,          # Where gradio stores files
+) -> bytes:
+    "The bytes of an uploaded file. Raises `ImageError`."
+    if not Path(path).resolve().is_relative_to(Path(folder).resolve()): raise ImageError('The file was not uploaded.')
     with open(path, 'rb') as f: data = f.read(limits.request_bytes + 1)
     if len(data) > limits.request_bytes: raise ImageError(f'The file has more than {limits.request_bytes >> 20} MB.')
     return data
@@ -104,7 +109,7 @@ def _one(gr, shipped, limits, once):
 
     def answer(path, heat):
         if path is None: return None, '', gr.Image(visible=False)
-        try: probs, text, shown = answer_one(shipped, read_upload(path, limits), limits, heat)
+        try: probs, text, shown = answer_one(shipped, read_upload(path, limits, blocks_folder()), limits, heat)
         except ImageError as e: raise gr.Error(str(e), print_exception=False) from e
         if heat and shown is None: text += '\n\nThis network has no map of where it looked.'
         return probs, text, gr.Image(shown, visible=shown is not None)
@@ -116,7 +121,7 @@ def _checked(gr, image, limits):
     def preprocess(payload):
         if payload is None: return None
         if payload.path is None: raise gr.Error('The file was not uploaded.', print_exception=False)
-        try: check_upload(read_upload(payload.path, limits), limits)
+        try: check_upload(read_upload(payload.path, limits, blocks_folder()), limits)
         except ImageError as e: raise gr.Error(str(e), print_exception=False) from e
         return payload.path
     image.preprocess = preprocess
@@ -132,9 +137,9 @@ def _many(gr, shipped, limits, once):
 
     def answer(paths):
         if not paths: raise gr.Error('Choose images or a zip file first.', print_exception=False)
-        try: found = classify_uploads(shipped, ((Path(p).name, read_upload(p, limits)) for p in paths), limits)
+        try: found = classify_uploads(shipped, ((Path(p).name, read_upload(p, limits, blocks_folder())) for p in paths), limits)
         except ImageError as e: raise gr.Error(str(e), print_exception=False) from e
-        place = Path(tempfile.mkdtemp(dir=blocks_folder(gr))) / 'classes.csv'
+        place = Path(tempfile.mkdtemp(dir=blocks_folder())) / 'classes.csv'
         write_csv(found, place)
         unread = int(found['error'].notna().sum())
         text = f'{len(found) - unread:,} images' + f', {unread:,} file{"s" * (unread > 1)} that cannot be read' * (unread > 0)
@@ -143,7 +148,7 @@ def _many(gr, shipped, limits, once):
     start.click(answer, files, [said, table, csv], **once)
 
 
-def blocks_folder(gr):
+def blocks_folder():
     "gradio's folder of files that the page may hand out, and deletes after some minutes"
     from gradio.utils import get_upload_folder
     Path(folder := get_upload_folder()).mkdir(parents=True, exist_ok=True)

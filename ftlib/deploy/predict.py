@@ -164,18 +164,19 @@ class Predictor:
         if not isinstance(bs, int) or bs < 1: raise DeployError(f'bs={bs!r}: give a number of images, 1 or more.')
         images, threads = find_images(source), threads or min(8, os.cpu_count() or 1)
         batches = _batches(_prepared(self.prepare, images, threads, 2 * bs + threads), bs)
-        bar = progress_bar(range(len(images)), leave=False, display=progress)
+        bar = progress_bar(range(len(images)), leave=False) if progress else None
         return self._tables(batches, bar, top, self.threshold if threshold is None else threshold, embeddings)
 
     def _tables(self, batches, bar, *how):
         "A table for each batch"
-        bar.update(0)
+        if bar is not None: bar.update(0)
         n, start = 0, time.perf_counter()
         for batch in batches:
             rows = list(self._rows(batch, n, *how))
             n += len(rows)
-            bar.comment = f'{n / (time.perf_counter() - start):.0f} images/s'
-            bar.update(n)
+            if bar is not None:
+                bar.comment = f'{n / (time.perf_counter() - start):.0f} images/s'
+                bar.update(n)
             yield pd.DataFrame({column: pd.Series([row[column] for row in rows], dtype=_column_type(column)) for column in rows[0]})
 
     def _rows(self, batch, n_before, top, threshold, embeddings):
