@@ -161,8 +161,9 @@ def mount_page(
     limits:Limits,
 ):
     "The page at `/` of an application. Raises `DeployError` where gradio is missing."
-    gr = _gradio()
-    return gr.mount_gradio_app(app, classifier_page(model, limits), path='/', max_file_size=limits.request_bytes, show_error=False, allowed_paths=[],
+    gr, blocks = _gradio(), classifier_page(model, limits)
+    blocks.has_launched = True  # else gradio copies any file that a request names to where it stores uploads
+    return gr.mount_gradio_app(app, blocks, path='/', max_file_size=limits.request_bytes, show_error=False, allowed_paths=[],
                                footer_links=[], enable_monitoring=False, ssr_mode=False, css=_STYLE, theme=_theme(gr))
 
 
