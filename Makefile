@@ -18,6 +18,7 @@ QUIET  += PYTHONWARNINGS='ignore:IProgress not found,ignore:`torch.jit,ignore::D
 help:
 	@echo "make demo   train on solar cells (or digits), print the table, write the plots: at most five minutes"
 	@echo "make test   all that is checked before a change goes in"
+	@echo "make test NB=nbs/45_lr.schedule.ipynb   one notebook; T=tests/test_data.py one file of tests"
 	@echo "make outputs NB=nbs/45_lr.schedule.ipynb   run a notebook, keep its outputs, write its module"
 	@echo "make slow   the long tests and the slow cells of notebooks; SOAK=2000 operations in random order"
 	@echo "make docs   the site, in docs/_build/html"
@@ -33,10 +34,17 @@ $(READY): pyproject.toml setup.cfg
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
 	@touch $@
 
+# make test NB=nbs/45_lr.schedule.ipynb or T=tests/test_data.py runs these alone.
+ifneq ($(strip $(NB)$(T)),)
+test: $(READY)
+	$(if $(NB),$(QUIET) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider -q $(NB))
+	$(if $(T),$(QUIET) $(BIN)/python -m pytest -q $(T))
+else
 test: gate
 	$(MAKE) notebooks
 	$(MAKE) docs
 	$(MAKE) pytest
+endif
 
 gate: $(READY)
 	$(BIN)/python .ci/gate.py

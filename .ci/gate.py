@@ -1,4 +1,4 @@
-"""Are the notebooks clean, and are the modules and README.md what the notebooks say?
+"""Are the notebooks clean, the modules and README.md what the notebooks say, and the rules of ruff kept?
 
 Cleans, exports and writes README.md anew; then nothing may have changed. Where something has, it is in step afterwards:
 look at it and commit it. In a fresh clone this is the same as an empty `git status`.
@@ -32,6 +32,9 @@ def main():
     if changed:
         sys.exit("gate: not in step with the notebooks (put right now: look, and commit):\n"
                  + "\n".join(f"  {p}" for p in changed))
+    checked = "ftlib", "nbs", "tests", "bench", "docs", ".ci"
+    if subprocess.run([BIN / "ruff", "check", "--quiet", *checked], cwd=ROOT, check=False).returncode:
+        sys.exit("gate: the lines above break a rule of pyproject.toml")
     print(f"gate: {sum(p.suffix == '.ipynb' for p in after)} notebooks clean, modules and README.md in step")
 
 

@@ -1,7 +1,10 @@
-"""Should batch-norm statistics of a pretrained body move while it trains? Accuracy by learning rate, still and moving, from the same trained head.
+"""Should batch-norm statistics of a pretrained body move while it trains? Accuracy by learning rate, still and moving,
+from the same trained head.
 
-Beside the sets as they are, `sketches` are the edges of flowers and `recoloured` pets in exchanged and inverted colours: images unlike those the weights
-have seen. The whole network trains by one cycle; the first stage has a hundredth of the head's learning rate. `peak` is the largest validation loss on the
+Beside the sets as they are, `sketches` are the edges of flowers and `recoloured` pets in exchanged and inverted
+colours: images unlike those the weights
+have seen. The whole network trains by one cycle; the first stage has a hundredth of the head's learning rate. `peak`
+is the largest validation loss on the
 way, divided by the head's. A row is written as each run ends; what is there already is not run again.
 """
 
@@ -33,7 +36,8 @@ def data_of(name, args, seed):
     if change is not None:
         images = [Image.open(p).convert("RGB") for p in table.path]
         for image in images: image.thumbnail((200, 200))
-        table = {"image": [np.asarray(change(image)) for image in images], "label": table.label.tolist(), "split": table.split.tolist()}
+        table = {"image": [np.asarray(change(image)) for image in images], "label": table.label.tolist(),
+                 "split": table.split.tolist()}
     return ftlib.image_data(table, size=args.size, bs=args.bs, seed=seed, num_workers=0)
 
 
@@ -51,8 +55,10 @@ def fit(learn, *args, **kwargs):
 
 
 def main():
-    parser = arguments(__doc__, "batch_norm.csv", ["pets3", "cars20", "cifar10_small", "sketches", "recoloured", "solar"], [0], size=64, bs=64)
-    parser.add_argument("--arch", default="resnet18", help="a torchvision or timm classifier; --weights is a file for it, or 'imagenet'")
+    parser = arguments(__doc__, "batch_norm.csv", ["pets3", "cars20", "cifar10_small", "sketches", "recoloured",
+                                                   "solar"], [0], size=64, bs=64)
+    parser.add_argument("--arch", default="resnet18", help="a torchvision or timm classifier; --weights is a file for "
+                        "it, or 'imagenet'")
     parser.add_argument("--lrs", nargs="+", type=float, default=[2e-4, 1e-3, 4e-3])
     parser.add_argument("--bn", nargs="+", default=["still", "moving"])
     parser.add_argument("--epochs", type=int, default=5)
@@ -61,7 +67,8 @@ def main():
     args = parser.parse_args()
     results = Results(args.out, "set", "arch", "size", "bs", "seed", "bn", "lr")
     for seed, name in product(args.seeds, args.sets):
-        todo = [(bn, lr) for bn, lr in product(args.bn, args.lrs) if not results.has(name, args.arch, args.size, args.bs, seed, bn, lr)]
+        todo = [(bn, lr) for bn, lr in product(args.bn, args.lrs)
+                if not results.has(name, args.arch, args.size, args.bs, seed, bn, lr)]
         if not todo: continue
         dls = data_of(name, args, seed)
         learn = learner(dls, args, seed)
@@ -72,9 +79,12 @@ def main():
             learn.model.load_state_dict(start)
             learn.unfreeze()
             rows = fit(learn, args.epochs, slice(lr / 100, lr), pct_start=.3, div=5.)
-            results.add(set=name, arch=args.arch, size=args.size, bs=args.bs, seed=seed, bn=bn, lr=lr, accuracy=rows.accuracy.iloc[-1], loss=rows.valid_loss.iloc[-1],
-                        peak=rows.valid_loss.max() / head.valid_loss, head=head.accuracy, head_loss=head.valid_loss, seconds=time.perf_counter() - began)
-    shown = results.table.pivot_table(index=["set", "arch", "bs", "head"], columns=["bn", "lr"], values=["accuracy", "peak"])
+            results.add(set=name, arch=args.arch, size=args.size, bs=args.bs, seed=seed, bn=bn, lr=lr,
+            accuracy=rows.accuracy.iloc[-1], loss=rows.valid_loss.iloc[-1],
+                        peak=rows.valid_loss.max() / head.valid_loss, head=head.accuracy, head_loss=head.valid_loss,
+                        seconds=time.perf_counter() - began)
+    shown = results.table.pivot_table(index=["set", "arch", "bs", "head"], columns=["bn", "lr"],
+                                      values=["accuracy", "peak"])
     print(shown.round(3).to_string())
 
 

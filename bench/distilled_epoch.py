@@ -1,7 +1,9 @@
 """What an epoch costs when a student learns from a teacher too: ResNet-50 teaches ResNet-18.
 
-Seconds an epoch, medians over epochs after the first. With a frozen body, features and the teacher's answers are kept or (`cache=False`) computed anew
-in each epoch; with everything training, the teacher goes through each batch. No weights are needed: time does not depend on them.
+Seconds an epoch, medians over epochs after the first. With a frozen body, features and the teacher's answers are kept
+or (`cache=False`) computed anew
+in each epoch; with everything training, the teacher goes through each batch. No weights are needed: time does not
+depend on them.
 """
 
 import os
@@ -16,7 +18,8 @@ from results import Results, arguments
 
 import ftlib
 
-WAYS = {"head, plain": (True, True, False), "head, distilled": (True, True, True), "head, distilled, nothing kept": (True, False, True),
+WAYS = {"head, plain": (True, True, False), "head, distilled": (True, True, True),
+"head, distilled, nothing kept": (True, False, True),
         "everything, plain": (False, True, False), "everything, distilled": (False, True, True)}
 
 
@@ -42,8 +45,10 @@ def main():
             learn = ftlib.vision_learner(dls, "resnet18", weights=None, cache=cache, seed=0, precision="fp32")
             if frozen: learn.freeze()
             clock = Clock()
-            with learn.no_bar(), learn.no_logging(): learn.fit(args.epochs, 1e-4, cbs=[clock, *([ftlib.Distill(teacher)] if distilled else [])])
-            results.add(set=name, way=way, threads=torch.get_num_threads(), seconds=pd.Series(clock.seconds[1:]).median())
+            with learn.no_bar(), learn.no_logging():
+                learn.fit(args.epochs, 1e-4, cbs=[clock, *([ftlib.Distill(teacher)] if distilled else [])])
+            results.add(set=name, way=way, threads=torch.get_num_threads(),
+                        seconds=pd.Series(clock.seconds[1:]).median())
     print(results.table.round(3).to_string())
 
 

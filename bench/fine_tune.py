@@ -1,8 +1,12 @@
-"""`fine_tune(5)` with nothing else given, beside fastai's `fine_tune(5)` and the head alone: accuracy, seconds, and the largest validation loss on the way.
+"""`fine_tune(5)` with nothing else given, beside fastai's `fine_tune(5)` and the head alone: accuracy, seconds, and
+the largest validation loss on the way.
 
-Both train the same network from the same weights on the same images, at the same size and batch size, in single precision and
-channels-last; fastai has its own augmentation and ImageNet's normalization. `head` is what the first phase of ftlib reached. Large sets
-are cut to `--images` training images and `--valid` validation images. A row is written as each run ends; what is there already is not run again.
+Both train the same network from the same weights on the same images, at the same size and batch size, in single
+precision and
+channels-last; fastai has its own augmentation and ImageNet's normalization. `head` is what the first phase of ftlib
+reached. Large sets
+are cut to `--images` training images and `--valid` validation images. A row is written as each run ends; what is there
+already is not run again.
 """
 
 import time
@@ -36,7 +40,8 @@ def solar_cells():
 def chosen(name, data, n_train, n_valid):
     "The images of a set, cut to so many"
     table = solar_cells() if name == "solar" else images_of(data / name)
-    parts = [part.sample(min(len(part), n), random_state=0) for (_, part), n in zip(table.groupby("split"), (n_train, n_valid), strict=True)]
+    parts = [part.sample(min(len(part), n), random_state=0) for (_, part),
+             n in zip(table.groupby("split"), (n_train, n_valid), strict=True)]
     return pd.concat(parts).sort_index()
 
 
@@ -47,7 +52,8 @@ def by_ftlib(table, args, seed):
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(args.epochs)
     phases, history = learn.fine_tuning.set_index("phase"), learn.history
     peak = history[history.phase == history.phase.max()].valid_loss.max() / phases.valid_loss["head"]
-    return dict(accuracy=learn.validate()[1], head=phases.accuracy["head"], whole=phases.accuracy["whole network"], peak=peak,
+    return dict(accuracy=learn.validate()[1], head=phases.accuracy["head"], whole=phases.accuracy["whole network"],
+    peak=peak,
                 kept=phases.kept.idxmax(), lr=phases.lr["whole network"])
 
 
@@ -55,7 +61,8 @@ def by_fastai(table, args, seed):
     fv.set_seed(seed)
     table = table.assign(is_valid=table.split == "valid")
     batches = fastai_batches(args.size, args.bs) | dict(num_workers=args.workers)
-    dls = fv.ImageDataLoaders.from_df(table, path="/", fn_col="path", label_col="label", valid_col="is_valid", **batches)
+    dls = fv.ImageDataLoaders.from_df(table, path="/", fn_col="path", label_col="label", valid_col="is_valid",
+                                      **batches)
     learn = fastai_head(dls, args.weights, args.arch)
     learn.model.to(memory_format=torch.channels_last)
     learn.remove_cb(fv.ProgressCallback)
@@ -72,23 +79,31 @@ WAYS = {"ftlib": by_ftlib, "fastai": by_fastai}
 
 def summary(table):
     "By set and way: mean accuracy and seconds, largest peak"
-    return table.groupby(["set", "way"], sort=False).agg(runs=("seed", "size"), accuracy=("accuracy", "mean"), head=("head", "mean"), peak=("peak", "max"), seconds=("seconds", "mean"))
+    return table.groupby(["set", "way"], sort=False).agg(runs=("seed", "size"), accuracy=("accuracy", "mean"),
+                                                         head=("head", "mean"), peak=("peak", "max"),
+                                                         seconds=("seconds", "mean"))
 
 
 def differences(table):
-    "ftlib less fastai, and ftlib less its head, on the same set and seed: mean and its 95 % interval, by set and over all; the ratio of seconds"
-    wide = table.pivot(index=["set", "seed"], columns="way", values=["accuracy", "head", "seconds"]).dropna(subset=[("accuracy", "ftlib"), ("accuracy", "fastai")])
+    """ftlib less fastai, and ftlib less its head, on the same set and seed: mean and its 95 % interval, by set and
+    over all; the ratio of seconds"""
+    wide = table.pivot(index=["set", "seed"], columns="way",
+                       values=["accuracy", "head", "seconds"]).dropna(subset=[("accuracy", "ftlib"),
+                       ("accuracy", "fastai")])
     rows = {}
     for name, part in [*wide.groupby("set", sort=False), ("all", wide)]:
         a = part["accuracy"]
         gains = {"over fastai": a["ftlib"] - a["fastai"], "over the head": a["ftlib"] - part["head"]["ftlib"]}
-        rows[name] = dict(runs=len(part)) | {f"{k}{end}": v for k, o in gains.items() for end, v in zip(("", " low", " high"), mean_interval(o, within=(-1, 1)), strict=True)}
+        rows[name] = dict(runs=len(part)) | {f"{k}{end}": v for k, o in gains.items() for end,
+                                             v in zip(("", " low", " high"), mean_interval(o, within=(-1, 1)),
+                                             strict=True)}
         rows[name]["seconds, ftlib / fastai"] = (part["seconds"]["ftlib"] / part["seconds"]["fastai"]).median()
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def main():
-    parser = arguments(__doc__, "fine_tune.csv", ["pets3", "food3", "ants_bees", "cars20", "flowers5", "cifar10_small", "solar"], [0, 1, 2], size=64, bs=32)
+    parser = arguments(__doc__, "fine_tune.csv", ["pets3", "food3", "ants_bees", "cars20", "flowers5", "cifar10_small",
+                                                  "solar"], [0, 1, 2], size=64, bs=32)
     parser.add_argument("--arch", default="resnet18", help="a torchvision classifier; --weights is a file for it")
     parser.add_argument("--ways", nargs="+", default=["ftlib", "fastai"], choices=WAYS)
     parser.add_argument("--epochs", type=int, default=5)
@@ -102,7 +117,8 @@ def main():
         if results.has(name, args.arch, seed, way): continue
         table, start = chosen(name, args.data, args.images, args.valid), time.perf_counter()
         found = WAYS[way](table, args, seed)
-        results.add(set=name, arch=args.arch, seed=seed, way=way, size=args.size, bs=args.bs, **found, seconds=time.perf_counter() - start)
+        results.add(set=name, arch=args.arch, seed=seed, way=way, size=args.size, bs=args.bs, **found,
+                    seconds=time.perf_counter() - start)
     print(summary(results.table).round(3).to_string(), differences(results.table).round(3).to_string(), sep="\n\n")
 
 

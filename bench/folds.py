@@ -1,6 +1,8 @@
-"""Five-fold cross-validation of a head, from the folder to the last figure: ftlib's one call beside five trainings by fastai.
+"""Five-fold cross-validation of a head, from the folder to the last figure: ftlib's one call beside five trainings by
+fastai.
 
-The same folds, network, size, batches, rate and epochs; each library with its own defaults. ftlib computes what is frozen once, for all folds.
+The same folds, network, size, batches, rate and epochs; each library with its own defaults. ftlib computes what is
+frozen once, for all folds.
 The ways take turns, fold by fold, so that a busy machine is busy for both.
 """
 
@@ -23,7 +25,8 @@ def by_fastai(table, fold, args):
     "Seconds and accuracy of one fold"
     start = time.perf_counter()
     fv.set_seed(args.seeds[0])
-    dls = fv.ImageDataLoaders.from_df(table.assign(held=table["fold"] == fold), path="/", fn_col="item", label_col="label", valid_col="held",
+    dls = fv.ImageDataLoaders.from_df(table.assign(held=table["fold"] == fold), path="/", fn_col="item",
+    label_col="label", valid_col="held",
                                            **fastai_batches(args.size, args.bs))
     learn = fastai_head(dls, args.weights)
     learn.remove_cb(ProgressCallback)
@@ -57,14 +60,18 @@ def main():
             waited += time.perf_counter() - start
 
         waited, others, start = 0., [], time.perf_counter()
-        found = ftlib.cross_validate(way, table.assign(split=None), k=args.folds, size=args.size, bs=args.bs, path="item", label="label", split="split", say=theirs)
+        found = ftlib.cross_validate(way, table.assign(split=None), k=args.folds, size=args.size, bs=args.bs,
+                                     path="item", label="label", split="split", say=theirs)
         whole = time.perf_counter() - start - waited
         assert (found.data["fold 0"].to_numpy() == table["fold"].to_numpy()).all(), "other folds than fastai's"
         for fold, (seconds, right) in enumerate(others):
             ours = found.folds.loc[fold]
-            results.add(set=name, way="fastai", fold=fold, threads=torch.get_num_threads(), seconds=seconds, accuracy=right)
-            results.add(set=name, way="ftlib", fold=fold, threads=torch.get_num_threads(), seconds=ours["seconds"], accuracy=ours["accuracy"])
-        results.add(set=name, way="ftlib, the whole call", fold=-1, threads=torch.get_num_threads(), seconds=whole, accuracy=found.folds["accuracy"].mean())
+            results.add(set=name, way="fastai", fold=fold, threads=torch.get_num_threads(), seconds=seconds,
+                        accuracy=right)
+            results.add(set=name, way="ftlib", fold=fold, threads=torch.get_num_threads(), seconds=ours["seconds"],
+                        accuracy=ours["accuracy"])
+        results.add(set=name, way="ftlib, the whole call", fold=-1, threads=torch.get_num_threads(), seconds=whole,
+                    accuracy=found.folds["accuracy"].mean())
     print(summary(results.table).round(3).to_string())
 
 
@@ -72,7 +79,8 @@ def summary(table):
     "Seconds of all folds and mean accuracy, by way; the ratio of the whole"
     whole = table[table["fold"] < 0].set_index("set")
     fastai = table[table["way"] == "fastai"].groupby("set")
-    return pd.DataFrame({"fastai, five trainings": fastai["seconds"].sum(), "ftlib, one call": whole["seconds"], "ratio": fastai["seconds"].sum() / whole["seconds"],
+    return pd.DataFrame({"fastai, five trainings": fastai["seconds"].sum(), "ftlib, one call": whole["seconds"],
+    "ratio": fastai["seconds"].sum() / whole["seconds"],
                          "accuracy of fastai": fastai["accuracy"].mean(), "of ftlib": whole["accuracy"]})
 
 

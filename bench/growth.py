@@ -1,7 +1,10 @@
-"""How time and memory grow with the number of images, of classes and of epochs: two epochs of the head of a frozen network.
+"""How time and memory grow with the number of images, of classes and of epochs: two epochs of the head of a frozen
+network.
 
-The images of a set are repeated under other names until there are enough, so each is read, decoded and computed as an image of its own.
-Every point is a process of its own, whose largest resident memory is noted. `--out` gets the table, and a plot of the same name.
+The images of a set are repeated under other names until there are enough, so each is read, decoded and computed as an
+image of its own.
+Every point is a process of its own, whose largest resident memory is noted. `--out` gets the table, and a plot of the
+same name.
 """
 
 import argparse
@@ -18,7 +21,8 @@ from pathlib import Path
 import matplotlib
 from results import Results, arguments
 
-POINTS = [*(dict(images=n) for n in (500, 2_000, 10_000, 30_000, 100_000)), *(dict(classes=n) for n in (50, 500)), *(dict(epochs=n) for n in (8, 32))]
+POINTS = [*(dict(images=n) for n in (500, 2_000, 10_000, 30_000, 100_000)), *(dict(classes=n) for n in (50, 500)),
+          *(dict(epochs=n) for n in (8, 32))]
 USUAL = dict(images=2_000, classes=5, epochs=2)
 
 
@@ -47,8 +51,10 @@ def one(args, images, classes, epochs):
         with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-3)
         times.append(time.perf_counter())
         filled, trained = learn.history.fill_seconds.sum(), learn.history.seconds.sum()
-    return dict(data=times[1] - times[0], fill=filled, epoch=trained / epochs, all=times[-1] - times[0], features_mb=learn.history.fill_bytes.sum() / 1e6,
-                before_mb=start / 1e3, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, threads=torch.get_num_threads())
+    return dict(data=times[1] - times[0], fill=filled, epoch=trained / epochs, all=times[-1] - times[0],
+    features_mb=learn.history.fill_bytes.sum() / 1e6,
+                before_mb=start / 1e3, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+                threads=torch.get_num_threads())
 
 
 def figure(table):
@@ -79,7 +85,8 @@ def main():
     results = Results(args.out, *USUAL)
     for point in [USUAL | p for p in args.points]:
         if results.has(*point.values()): continue
-        ran = subprocess.run([sys.executable, "-W", "ignore", *sys.argv, "--one", json.dumps(point)], capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-W", "ignore", *sys.argv, "--one", json.dumps(point)],
+                             capture_output=True, text=True)
         if ran.returncode: raise SystemExit(f"{point}: {ran.stderr[-2000:]}")
         results.add(**point, **json.loads(ran.stdout.splitlines()[-1]))
     matplotlib.use("Agg")

@@ -1,4 +1,5 @@
-"""What `from ftlib import *` costs beside `from fastai.vision.all import *`: fresh processes in turn, the least of several.
+"""What `from ftlib import *` costs beside `from fastai.vision.all import *`: fresh processes in turn, the least of
+several.
 
 The least, because whatever else the machine does can only add to it.
 """

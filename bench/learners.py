@@ -13,12 +13,14 @@ def ftlib_learner(folder, weights, seed, size, bs, arch="resnet18"):
 
 def fastai_learner(folder, weights, seed, size, bs, arch="resnet18"):
     fv.set_seed(seed)
-    return fastai_head(fv.ImageDataLoaders.from_folder(folder, train="train", valid="valid", **fastai_batches(size, bs)), weights, arch)
+    return fastai_head(fv.ImageDataLoaders.from_folder(folder, train="train", valid="valid",
+                                                       **fastai_batches(size, bs)), weights, arch)
 
 
 def fastai_batches(size, bs):
     "Arguments of fastai's data: its own augmentation, ImageNet's statistics"
-    return dict(bs=bs, num_workers=2, item_tfms=fv.RandomResizedCrop(size, min_scale=.35), batch_tfms=[*fv.aug_transforms(), fv.Normalize.from_stats(*fv.imagenet_stats)])
+    return dict(bs=bs, num_workers=2, item_tfms=fv.RandomResizedCrop(size, min_scale=.35),
+                batch_tfms=[*fv.aug_transforms(), fv.Normalize.from_stats(*fv.imagenet_stats)])
 
 
 def fastai_head(dls, weights, arch="resnet18"):

@@ -1,8 +1,10 @@
 """How far the learning rates that a sweep suggests move when only the seed changes: ftlib's, and fastai's four.
 
-The same network, in the same state, with the same batches, is swept by both, with their defaults. States: `frozen` (a new
+The same network, in the same state, with the same batches, is swept by both, with their defaults. States: `frozen` (a
+new
 head on ImageNet's body), `unfrozen` (the same, everything trains) and `trained` (after 2 epochs of the head and 3 of
-everything). The spread is the largest over the smallest; a suggestion of none is counted as `none`. Our curves are kept beside
+everything). The spread is the largest over the smallest; a suggestion of none is counted as `none`. Our curves are
+kept beside
 the table, and what they say is read anew each time: sweeps take hours, reading them a moment.
 """
 
@@ -91,7 +93,8 @@ def summary(table):
 def main():
     args = arguments(__doc__, "lr_finder.csv", ["food3", "ants_bees"], [0, 1, 2, 3, 4], bs=16).parse_args()
     results, curves = Results(args.out, "set", "seed", "state"), args.out.parent / "curves"
-    for row in results.rows: row.update(read(pd.read_csv(curves / f"{row['set']}_{row['state']}_{row['seed']}.csv"), row['state']))
+    for row in results.rows:
+        row.update(read(pd.read_csv(curves / f"{row['set']}_{row['state']}_{row['seed']}.csv"), row['state']))
     for name, seed in product(args.sets, args.seeds):
         if results.has(name, seed, "trained"): continue
         for state, learn in states(args.data / name, args.weights, seed, args.size, args.bs):
@@ -99,7 +102,8 @@ def main():
             curve, seconds = by_ftlib(learn)
             curves.mkdir(exist_ok=True)
             curve.to_csv(curves / f"{name}_{state}_{seed}.csv", index=False)
-            results.add(set=name, seed=seed, state=state, **read(curve, state), **seconds, **by_fastai(learn, args.out.parent))
+            results.add(set=name, seed=seed, state=state, **read(curve, state), **seconds,
+                        **by_fastai(learn, args.out.parent))
     print("largest / smallest suggestion over the seeds")
     print(summary(results.table).to_string())
 

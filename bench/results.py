@@ -12,13 +12,16 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 def arguments(doc, out, sets, seeds, size=128, bs=32):
     "A parser with what every bench takes"
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder of sets, each with train and valid folders")
-    parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "resnet18-f37072fd.pth", help="a file for resnet18")
+    parser.add_argument("--data", type=Path, default=SHARED / "data",
+                        help="folder of sets, each with train and valid folders")
+    parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "resnet18-f37072fd.pth",
+                        help="a file for resnet18")
     parser.add_argument("--sets", nargs="+", default=sets)
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
     parser.add_argument("--size", type=int, default=size, help="pixels per side")
     parser.add_argument("--bs", type=int, default=bs, help="images in a batch")
-    parser.add_argument("--out", type=Path, default=Path("runs") / out, help="the table; what it holds already is not run again")
+    parser.add_argument("--out", type=Path, default=Path("runs") / out,
+                        help="the table; what it holds already is not run again")
     warnings.simplefilter("ignore")
     return parser
 

@@ -1,7 +1,9 @@
 """How long things take beside plain fastai and beside PyTorch by hand: the same work in turn in one process, medians.
 
-Every row is a pair of callables over the same images, network, size and batches; a round runs each once, and the ratio of
-the medians is what counts. `--rows` picks some; those against Lightning want it installed (`ftlib[bench]`). Kept images and features go to a temporary folder.
+Every row is a pair of callables over the same images, network, size and batches; a round runs each once, and the ratio
+of
+the medians is what counts. `--rows` picks some; those against Lightning want it installed (`ftlib[bench]`). Kept
+images and features go to a temporary folder.
 """
 
 import copy
@@ -47,7 +49,8 @@ def silent(learn):
 def both(args):
     "fastai's learner and ours, both in channels-last"
     weights = args.weights if args.arch == "resnet18" else None  # speed does not ask what they are
-    made = [make(args.data / args.sets[0], weights, 0, args.size, args.bs, args.arch) for make in (fastai_learner, ftlib_learner)]
+    made = [make(args.data / args.sets[0], weights, 0, args.size, args.bs, args.arch)
+            for make in (fastai_learner, ftlib_learner)]
     if weights is None: made[1].freeze()
     for learn in made: learn.model.to(memory_format=torch.channels_last)
     return made
@@ -136,7 +139,8 @@ def lightning_module(net):
             super().__init__()
             self.net, self.lr = net, 1e-5
         def training_step(self, batch, i): return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-        def configure_optimizers(self): return torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=self.lr, fused=True)
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=self.lr, fused=True)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Module(), partial(lightning.Trainer, accelerator="cpu", **quiet)
 
@@ -163,7 +167,8 @@ def lr_find_lightning(args):
     module, trainer = lightning_module(copy.deepcopy(ours.model))
     def theirs():
         with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-            Tuner(trainer(max_epochs=-1, default_root_dir=folder)).lr_find(module, Plain(ours.dls.train), num_training=100)
+            Tuner(trainer(max_epochs=-1, default_root_dir=folder)).lr_find(module, Plain(ours.dls.train),
+                num_training=100)
     return theirs, partial(sweep, ours)
 
 
@@ -269,7 +274,8 @@ def tiny_steps_lightning(args):
 @row("fastai's steps on a tiny network: 200 of them", "")
 def tiny_steps_fastai(args):
     data = Ready(200)
-    made = [cls(fv.DataLoaders(data, Ready(1)), tiny(), loss_func=fv.CrossEntropyLossFlat()) for cls in (fv.Learner, ftlib.Learner)]
+    made = [cls(fv.DataLoaders(data, Ready(1)), tiny(), loss_func=fv.CrossEntropyLossFlat())
+            for cls in (fv.Learner, ftlib.Learner)]
     return tuple(partial(steps, learn, 200) for learn in made)
 
 
@@ -294,9 +300,11 @@ def main():
         for call in pair: call()
         seconds = [[timed(call) for call in pair] for _ in range(args.rounds)]
         theirs, ours = (median(o) for o in zip(*seconds))
-        found.append(dict(row=name, arch=args.arch, against=against, theirs=theirs, ours=ours, ratio=theirs / ours, reach=reach,
+        found.append(dict(row=name, arch=args.arch, against=against, theirs=theirs, ours=ours, ratio=theirs / ours,
+        reach=reach,
                           threads=torch.get_num_threads()))
-        print(f"{name:20} {theirs:8.3f} s  {ours:8.3f} s  × {theirs / ours:6.2f}  ({reach}; against {against})", flush=True)
+        print(f"{name:20} {theirs:8.3f} s  {ours:8.3f} s  × {theirs / ours:6.2f}  ({reach}; against {against})",
+              flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(found).to_csv(args.out, index=False)
 

@@ -1,6 +1,7 @@
 """From the notebooks in nbs/ to the pages that Sphinx reads, in docs/pages/.
 
-nbdev's own processors do the work: exported and hidden cells go, and what they define is shown with its signature. On top of
+nbdev's own processors do the work: exported and hidden cells go, and what they define is shown with its signature. On
+top of
 that: a table of the arguments, an anchor for every name, links from prose to those anchors, and the site's contents.
 Saved outputs are shown as they are; nothing is trained here.
 """
@@ -18,11 +19,13 @@ from fastcore.nbio import mk_cell, read_nb, write_nb
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
 SKIPPED = {"FrontmatterProc", "insert_warning", "add_links", "add_fold", "clean_show_doc"}
-GUIDES = """load_data learning_rate freeze_and_fine_tune stop_and_resume evaluate compare distil few_labels speed strategies
-    coming_from how_training_works extending""".split()
+GUIDES = """load_data learning_rate freeze_and_fine_tune stop_and_resume evaluate compare distil few_labels speed
+    strategies     coming_from how_training_works extending""".split()
 PACKAGES = {
-    "data": "Data: from files to batches", "models": "Models: from a name to a network", "lr": "Learning rates", "train": "Training",
-    "callbacks": "Callbacks", "teach": "Distillation, rotation, pseudo-labels", "evaluate": "Evaluation", "experiment": "Comparisons and cross-validation",
+    "data": "Data: from files to batches", "models": "Models: from a name to a network", "lr": "Learning rates",
+    "train": "Training",
+    "callbacks": "Callbacks", "teach": "Distillation, rotation, pseudo-labels", "evaluate": "Evaluation",
+    "experiment": "Comparisons and cross-validation",
     "deploy": "Prediction and export", "cli": "Command line",
 }
 INTERNALS = {
@@ -74,7 +77,8 @@ def _table(sym):
     rows = [row for row in rows if any(row[1:])]
     back = table.dm.get("return", {}).get("docment", inspect.Parameter.empty)
     if back is not inspect.Parameter.empty: rows.append(["**gives**", "", _cell(back)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in [["argument", "default", "what it is"], ["---"] * 3, *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [["argument", "default", "what it is"], ["---"] * 3,
+        *rows])
 
 
 def _cell(text):
@@ -108,8 +112,10 @@ class run_show_docs(processors.exec_show_docs):
 
     def begin(self):
         super().begin()
-        source = f"import ftlib.{self.module} as here\nfor name in dir(here): globals().setdefault(name, getattr(here, name))\n"
-        self.k.run_cell((source if self.module else "") + "from functools import partial\nfrom nbdev.showdoc import show_doc\nfrom pages import Described\n"
+        source = (f"import ftlib.{self.module} as here\nfor name in dir(here): globals().setdefault(name, "
+                  f"getattr(here, name))\n")
+        self.k.run_cell((source if self.module else "") + "from functools import partial\nfrom nbdev.showdoc import "
+                                                          "show_doc\nfrom pages import Described\n"
                         "show_doc = partial(show_doc, renderer=Described)")
 
     def __call__(self, cell):
@@ -181,17 +187,21 @@ def contents(names):
     assert not missing, f"docs/pages.py does not place {missing}"
     return "\n\n".join([
         toctree("Get started", ["guides/get_started"]), toctree("Guides", [f"guides/{g}" for g in GUIDES]),
-        toctree("Tutorials", tutorials), toctree("API reference", [*(f"api/{p}" for p in PACKAGES), "errors", "api/internals"]),
+        toctree("Tutorials", tutorials), toctree("API reference",
+        [*(f"api/{p}" for p in PACKAGES), "errors", "api/internals"]),
         toctree("Measured", ["tutorials/measured"]),
     ])
 
 
 def package_pages(names):
     "A page for each package, which lists its modules; internal packages share one"
-    def listed(package): return "\n".join(["```{toctree}", ":maxdepth: 1", "", *(f"../{n}" for n in names if n.rpartition(".")[0] == package and "/" not in n), "```"])
+    def listed(package):
+        return "\n".join(["```{toctree}", ":maxdepth: 1", "",
+                          *(f"../{n}" for n in names if n.rpartition(".")[0] == package and "/" not in n), "```"])
     pages = {p: f"# {title}\n\n{listed(p)}\n" for p, title in PACKAGES.items()}
     parts = "\n\n".join(f"## {title}\n\n{listed(p)}" for p, title in INTERNALS.items())
-    return pages | {"internals": f"# Internals\n\nWhat the other packages stand on. Nothing of it is needed to use ftlib.\n\n{parts}\n"}
+    return pages | {"internals": f"# Internals\n\nWhat the other packages stand on. Nothing of it is needed to use "
+                    f"ftlib.\n\n{parts}\n"}
 
 
 def toctree(caption, names):

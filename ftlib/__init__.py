@@ -1,6 +1,7 @@
 """Fine-tune image classifiers in a notebook, on fastai, and trust the result.
 
-`from ftlib import *` stands in for `from fastai.vision.all import *`: all of its names, ftlib's in place of those that it improves.
+`from ftlib import *` replaces `from fastai.vision.all import *`: it brings all of fastai's names, with ftlib's in
+place of those that it improves.
 Names are loaded when the first of them is asked for, so that `ftlib --help` and `import ftlib.cli` wait for no torch.
 """
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING: from fastai.vision.all import *  # noqa: F403
 
 # What users write, by room, in the order of the way through; ours win over fastai's.
 _ROOMS = {
-    "errors": "DataError WeightsError ArchError RateError CurveError MetricError PrecisionError TrainError CheckpointError RunFailed EvaluateError DeployError CompareError RunError",
+    "errors": "DataError WeightsError ArchError RateError CurveError MetricError PrecisionError TrainError "
+              "CheckpointError RunFailed EvaluateError DeployError CompareError RunError",
     "system.interrupt": "TrainingStopped",
     "data.sources": "read_source",
     "data.splits": "make_imbalanced",
@@ -106,7 +108,7 @@ def _load():
 
 
 def __getattr__(name):
-    "Called for a name that is not here yet: loads them all, once. A name of before gives what it is called now, with a warning"
+    "Load all names when the first is asked for; a name of before gives what it is called now, with a warning."
     if name in _RENAMED:
         warnings.warn(f"`{name}` is called `{_RENAMED[name]}` now", DeprecationWarning, stacklevel=2)
         return globals().get(_RENAMED[name]) or __getattr__(_RENAMED[name])

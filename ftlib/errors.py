@@ -14,7 +14,7 @@ from difflib import get_close_matches
 class DataError(ValueError):
     "Images, labels or settings from which no dataset can be built"
 
-
+# %% ../nbs/00_errors.ipynb #6521a09c
 class ImageError(DataError):
     "An image that cannot be opened"
 
@@ -22,11 +22,11 @@ class ImageError(DataError):
 class ArchError(ValueError):
     "An architecture that is unknown, or that cannot be built with these arguments"
 
-
+# %% ../nbs/00_errors.ipynb #3c7a8053
 class WeightsError(ValueError):
     "Weights that cannot be found, or that belong to another network"
 
-
+# %% ../nbs/00_errors.ipynb #ceb575ac
 class PrecisionError(ValueError):
     "An unknown precision, or one that the device does not support"
 
@@ -34,11 +34,11 @@ class PrecisionError(ValueError):
 class RateError(ValueError):
     "An invalid learning rate or schedule"
 
-
+# %% ../nbs/00_errors.ipynb #09ee9f31
 class CurveError(ValueError):
     "A learning-rate sweep that is too short, or whose losses are not finite"
 
-
+# %% ../nbs/00_errors.ipynb #92de4970
 class MetricError(ValueError):
     "An unknown metric, or one that does not declare its direction"
 
@@ -46,15 +46,15 @@ class MetricError(ValueError):
 class TrainError(ValueError):
     "Invalid arguments for a training"
 
-
+# %% ../nbs/00_errors.ipynb #b5dfdf6f
 class CheckpointError(TrainError):
     "A training that cannot be resumed from a folder"
 
-
+# %% ../nbs/00_errors.ipynb #0763b0ad
 class RunFailed(RuntimeError):
     "A run without a usable result"
 
-
+# %% ../nbs/00_errors.ipynb #4274a632
 class RunError(ValueError):
     "Invalid arguments for a run, or files that do not belong to it"
 
@@ -62,15 +62,15 @@ class RunError(ValueError):
 class IdentityError(ValueError):
     "A value that cannot be identified for caching"
 
-
+# %% ../nbs/00_errors.ipynb #b0c6ef9c
 class StoreError(OSError):
     "The folder of cached features cannot be used"
 
-
+# %% ../nbs/00_errors.ipynb #56d781b0
 class PackError(TypeError):
     "A value that cannot be saved without pickle"
 
-
+# %% ../nbs/00_errors.ipynb #0590b5a5
 class DamagedError(ValueError):
     "A file with a wrong checksum"
 
@@ -78,15 +78,15 @@ class DamagedError(ValueError):
 class EvaluateError(ValueError):
     "Predictions from which metrics cannot be computed"
 
-
+# %% ../nbs/00_errors.ipynb #dbdb9018
 class CompareError(ValueError):
     "Runs that cannot be compared"
 
-
+# %% ../nbs/00_errors.ipynb #12541574
 class DeployError(ValueError):
     "A model that cannot be exported, loaded or used for a prediction"
 
-
+# %% ../nbs/00_errors.ipynb #3f22d667
 class DemoError(ValueError):
     "An unknown demo"
 

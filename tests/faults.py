@@ -1,7 +1,10 @@
-"""Kills a training at random moments, lets it go on, and compares its last weights with those of one that nobody killed (`make faults`).
+"""Kills a training at random moments, lets it go on, and compares its last weights with those of one that nobody
+killed (`make faults`).
 
-A training is two fits, of the head and of everything, kept in a folder after each epoch, in some settings after each two steps as well. It runs in a
-process of its own, which is sent SIGKILL, again and again until so many kills have hit. Every one that ends must end on the same weights, momenta and history.
+A training is two fits, of the head and of everything, kept in a folder after each epoch, in some settings after each
+two steps as well. It runs in a
+process of its own, which is sent SIGKILL, again and again until so many kills have hit. Every one that ends must end
+on the same weights, momenta and history.
 """
 
 import argparse
@@ -21,7 +24,8 @@ from test_checkpoint import each_two_steps, learner, images, train
 
 from ftlib.persist.checkpoint import Checkpoint
 
-SETTINGS = {"features kept": {}, "images each time": dict(cache=False), "features, each two steps": dict(how=each_two_steps),
+SETTINGS = {"features kept": {}, "images each time": dict(cache=False),
+"features, each two steps": dict(how=each_two_steps),
             "images, each two steps": dict(cache=False, how=each_two_steps)}
 
 
@@ -76,13 +80,16 @@ def main():
         while kills < args.kills:
             name = list(SETTINGS)[runs % len(SETTINGS)]
             place, told, here = root / f"run {runs}", root / "told", 0
-            while not ended(begun(folder, place, told, **SETTINGS[name]), random.uniform(0, lasts[name]) if here < 6 else 600): here += 1
+            while not ended(begun(folder, place, told, **SETTINGS[name]),
+                            random.uniform(0, lasts[name]) if here < 6 else 600):
+                here += 1
             same = told.exists() and told.read_text() == wanted[name]
             told.unlink(missing_ok=True)
             kills, runs, lost = kills + here, runs + 1, lost + (not same)
             if not same: print(f"run {runs}, {name}: killed {here} times, it ended on other weights", flush=True)
             if runs % 10 == 0: print(f"{kills} kills, {runs} trainings, {lost} on other weights", flush=True)
-    print(f"{kills} kills in {runs} trainings: {runs - lost} ended on the weights, momenta and history of one that was not killed.")
+    print(f"{kills} kills in {runs} trainings: {runs - lost} ended on the weights, momenta and history of one that was "
+          f"not killed.")
     raise SystemExit(bool(lost))
 
 

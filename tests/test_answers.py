@@ -1,4 +1,5 @@
-"""Right answers: what a loss makes of outputs, metrics over the whole set, different views, the groups of an own splitter, resuming only what was begun, nothing of a file but numbers."""
+"""Right answers: what a loss makes of outputs, metrics over the whole set, different views, the groups of an own
+splitter, resuming only what was begun, nothing of a file but numbers."""
 
 import random
 from functools import partial
@@ -13,7 +14,8 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.core import DataLoaders
 from fastai.interpret import ClassificationInterpretation
-from fastai.losses import BaseLoss, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
+from fastai.losses import (
+    BaseLoss, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat)
 from fastai.metrics import accuracy, error_rate
 from fastai.torch_core import set_seed
 from sklearn.datasets import load_digits
@@ -40,7 +42,8 @@ IMAGES, LABELS = (load_digits().images * 255 / 16).astype("uint8"), load_digits(
 @pytest.fixture(scope="module")
 def dls():
     at = np.flatnonzero(LABELS < 3)[:120]
-    return image_data({"image": IMAGES[at], "label": [f"class {d}" for d in LABELS[at]]}, size=16, bs=16, num_workers=0, seed=0)
+    return image_data({"image": IMAGES[at], "label": [f"class {d}" for d in LABELS[at]]}, size=16, bs=16, num_workers=0,
+                      seed=0)
 
 
 def tiny(dls, **kwargs):
@@ -63,7 +66,8 @@ class Focal(nn.Module):
 
 class Poly:
     "A cross-entropy with a first-order term (Leng et al. 2022), no module"
-    def __call__(self, scores, y): return (F.cross_entropy(scores, y, reduction="none") + 1 - scores.softmax(1).gather(1, y[:, None])[:, 0]).mean()
+    def __call__(self, scores, y):
+        return (F.cross_entropy(scores, y, reduction="none") + 1 - scores.softmax(1).gather(1, y[:, None])[:, 0]).mean()
 
 
 def own_function(pred, targ): return -(F.log_softmax(pred, -1)[torch.arange(len(targ)), targ]).mean()
@@ -73,10 +77,14 @@ class Smoothed(nn.CrossEntropyLoss):
     def __init__(self): super().__init__(label_smoothing=.2)
 
 
-OF_SOFTMAX = {"F.cross_entropy": F.cross_entropy, "partial": partial(F.cross_entropy, label_smoothing=.1), "lambda": lambda p, y: 3 * F.cross_entropy(p, y, reduction="sum"),
-              "nn": nn.CrossEntropyLoss(), "weighted": nn.CrossEntropyLoss(weight=torch.tensor([1., 5., 2.])), "nn subclass": Smoothed(), "own focal": Focal(),
-              "own weighted focal": Focal(.5, torch.tensor([1., 5., 2.])), "own object": Poly(), "own function": own_function, "flat": CrossEntropyLossFlat(),
-              "fastai's focal": FocalLossFlat(gamma=3.), "smoothing": LabelSmoothingCrossEntropy(), "smoothing, flat": LabelSmoothingCrossEntropyFlat(),
+OF_SOFTMAX = {"F.cross_entropy": F.cross_entropy, "partial": partial(F.cross_entropy, label_smoothing=.1),
+"lambda": lambda p, y: 3 * F.cross_entropy(p, y, reduction="sum"),
+              "nn": nn.CrossEntropyLoss(), "weighted": nn.CrossEntropyLoss(weight=torch.tensor([1., 5., 2.])),
+              "nn subclass": Smoothed(), "own focal": Focal(),
+              "own weighted focal": Focal(.5, torch.tensor([1., 5., 2.])), "own object": Poly(),
+              "own function": own_function, "flat": CrossEntropyLossFlat(),
+              "fastai's focal": FocalLossFlat(gamma=3.), "smoothing": LabelSmoothingCrossEntropy(),
+              "smoothing, flat": LabelSmoothingCrossEntropyFlat(),
               "fastai's BaseLoss": BaseLoss(nn.CrossEntropyLoss), "multi-margin": nn.MultiMarginLoss()}
 
 
@@ -91,10 +99,12 @@ def test_classes_and_probabilities_of_any_cross_entropy(dls, name, later):
     assert torch.equal(learn.get_preds()[0], scores) != hasattr(loss, "activation"), "as fastai gives them"
     assert torch.allclose(probs, scores.softmax(1), atol=1e-6) and torch.equal(decoded, scores.argmax(1))
     name, number, p = learn.predict(item)
-    assert name == dls.vocab[scores[0].argmax()] and number == scores[0].argmax() and torch.allclose(p, probs[0], atol=1e-5)
+    assert name == dls.vocab[scores[0].argmax()] and number == scores[0].argmax() and torch.allclose(p, probs[0],
+        atol=1e-5)
     answer = quiet(learn, lambda: learn.classify([item])).iloc[0]
     assert answer.prediction == name and answer.probability == pytest.approx(float(p.max()), abs=1e-5)
-    assert learn.evaluate().table.value["top1"] == pytest.approx(float((scores.argmax(1) == learn.get_preds()[1]).float().mean()))
+    right = float((scores.argmax(1) == learn.get_preds()[1]).float().mean())
+    assert learn.evaluate().table.value["top1"] == pytest.approx(right)
 
 
 @pytest.mark.parametrize("name", ["F.cross_entropy", "own focal", "own object", "lambda"])
@@ -102,7 +112,8 @@ def test_all_that_follows_from_answers(dls, name):
     learn = tiny(dls, loss_func=OF_SOFTMAX[name])
     probs, targets, losses = learn.get_preds(with_loss=True)
     assert losses.shape == (len(targets),)
-    assert np.array_equal(ClassificationInterpretation.from_learner(learn).confusion_matrix(), learn.evaluate().confusion.to_numpy())
+    assert np.array_equal(ClassificationInterpretation.from_learner(learn).confusion_matrix(),
+                          learn.evaluate().confusion.to_numpy())
     loss, activation = learn.loss_func, getattr(F.cross_entropy, "activation", None)
     found = learn.calibrate()
     assert learn.loss_func is loss and getattr(F.cross_entropy, "activation", None) is activation
@@ -120,11 +131,13 @@ def test_an_activation_of_the_losss_own_is_taken(dls):
     assert torch.allclose(probs, (scores / 2).softmax(1)) and torch.equal(decoded, probs.argmin(1))
 
 
-@pytest.mark.parametrize("loss", [lambda p, y: -p.gather(1, y[:, None]).mean(), lambda p, y: ((p - F.one_hot(y, 3)) ** 2).mean(), lambda d, y: F.cross_entropy(-d, y)],
+@pytest.mark.parametrize("loss", [lambda p, y: -p.gather(1, y[:, None]).mean(),
+lambda p, y: ((p - F.one_hot(y, 3)) ** 2).mean(), lambda d, y: F.cross_entropy(-d, y)],
                          ids=["scores", "squares", "distances"])
 def test_a_loss_that_does_not_tell_is_refused(dls, loss):
     learn = tiny(dls, loss_func=loss)
-    for ask in (lambda: learn.predict(dls.valid.items[0]), lambda: learn.classify(dls.valid.items[:2]), learn.evaluate, learn.calibrate, lambda: learn.get_preds(with_decoded=True)):
+    for ask in (lambda: learn.predict(dls.valid.items[0]), lambda: learn.classify(dls.valid.items[:2]), learn.evaluate,
+                learn.calibrate, lambda: learn.get_preds(with_decoded=True)):
         with pytest.raises(TrainError, match="activation"): quiet(learn, ask)
     assert torch.equal(learn.get_preds()[0], learn.get_preds(act=lambda x: x)[0])
 
@@ -159,7 +172,9 @@ class Spy(Callback):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_each_view_is_another(dls, n):
-    for ask in (lambda learn: learn.tta(n=n), lambda learn: learn.evaluate(tta=n), lambda learn: learn.evaluate("train", tta=n), lambda learn: learn.tta(dl=dls.test_dl(dls.valid.items), n=n)):
+    for ask in (lambda learn: learn.tta(n=n), lambda learn: learn.evaluate(tta=n),
+                lambda learn: learn.evaluate("train", tta=n),
+                lambda learn: learn.tta(dl=dls.test_dl(dls.valid.items), n=n)):
         learn, spy = tiny(dls), Spy()
         learn.add_cb(spy)
         state = random.getstate(), torch.get_rng_state()
@@ -185,7 +200,8 @@ class Share:
 
 
 PROBABLY = {"log_loss": sk.log_loss, "roc_auc_score": partial(sk.roc_auc_score, multi_class="ovr")}
-CLASSES = {"f1": partial(sk.f1_score, average="macro"), "kappa": sk.cohen_kappa_score, "balanced": sk.balanced_accuracy_score, "mcc": sk.matthews_corrcoef,
+CLASSES = {"f1": partial(sk.f1_score, average="macro"), "kappa": sk.cohen_kappa_score,
+"balanced": sk.balanced_accuracy_score, "mcc": sk.matthews_corrcoef,
            "recall": partial(sk.recall_score, average="macro")}
 
 
@@ -194,9 +210,12 @@ def test_metrics_that_are_no_mean_are_of_the_whole_set(dls):
     learn = tiny(dls, metrics=[*metrics.values()])
     quiet(learn, lambda: learn.fit(1, 1e-2))
     probs, y = learn.get_preds(act=learn.probabilities_of)
-    wanted = [CLASSES["f1"](y, probs.argmax(1)), *(f(y, probs.argmax(1)) for f in CLASSES.values()), *(f(y, probs) for f in PROBABLY.values())]
-    columns = [c for c in learn.history if c not in ("phase", "epoch", "train_loss", "valid_loss", "lr", "seconds", "frozen", "cached", "fill_seconds", "fill_bytes")]
-    assert columns == ["Share", "f1_score(average='macro')", "cohen_kappa_score", "balanced_accuracy_score", "matthews_corrcoef", "recall_score(average='macro')", "log_loss",
+    wanted = [CLASSES["f1"](y, probs.argmax(1)), *(f(y, probs.argmax(1)) for f in CLASSES.values()),
+              *(f(y, probs) for f in PROBABLY.values())]
+    columns = [c for c in learn.history if c not in ("phase", "epoch", "train_loss", "valid_loss", "lr", "seconds",
+                                                     "frozen", "cached", "fill_seconds", "fill_bytes")]
+    assert columns == ["Share", "f1_score(average='macro')", "cohen_kappa_score", "balanced_accuracy_score",
+    "matthews_corrcoef", "recall_score(average='macro')", "log_loss",
                        "roc_auc_score(multi_class='ovr')"]
     assert learn.history[columns].iloc[0].tolist() == pytest.approx(wanted, abs=1e-5)
     quiet(learn, lambda: learn.fit(1, 1e-3, cbs=[EarlyStopping("Share"), SaveModelCallback("log_loss", fname="f")]))
@@ -204,19 +223,24 @@ def test_metrics_that_are_no_mean_are_of_the_whole_set(dls):
 
 def test_metrics_of_torchmetrics(dls):
     torchmetrics = pytest.importorskip("torchmetrics")
-    learn = tiny(dls, metrics=[torchmetrics.F1Score("multiclass", num_classes=3, average="macro"), torchmetrics.AUROC("multiclass", num_classes=3)])
+    learn = tiny(dls, metrics=[torchmetrics.F1Score("multiclass", num_classes=3, average="macro"),
+                               torchmetrics.AUROC("multiclass", num_classes=3)])
     quiet(learn, lambda: learn.fit(1, 1e-2))
     probs, y = learn.get_preds(act=learn.probabilities_of)
     assert learn.history.MulticlassF1Score.iloc[0] == pytest.approx(CLASSES["f1"](y, probs.argmax(1)))
     assert learn.history.MulticlassAUROC.iloc[0] == pytest.approx(sk.roc_auc_score(y, probs, multi_class="ovr"))
-    with pytest.raises(MetricError, match="one by one"): tiny(dls, metrics=torchmetrics.MetricCollection([torchmetrics.Accuracy("multiclass", num_classes=3)]))
+    with pytest.raises(MetricError, match="one by one"):
+        tiny(dls, metrics=torchmetrics.MetricCollection([torchmetrics.Accuracy("multiclass", num_classes=3)]))
     learn = tiny(dls, metrics=torchmetrics.F1Score("multiclass", num_classes=3, average=None))
     with pytest.raises(MetricError, match="3 numbers"): quiet(learn, lambda: learn.fit(1, 1e-2))
 
 
 def test_metrics_by_name_and_wrong_ones(dls):
-    assert list(tiny(dls, metrics=["accuracy", "error_rate", "top2", partial(accuracy, axis=-1)]).metrics.attrgot("name")) == ["accuracy", "error_rate", "top2", "accuracy(axis=-1)"]
-    assert tiny(dls, metrics="accuracy").metrics[0].func is accuracy and tiny(dls, metrics="error_rate").metrics[0].func is error_rate
+    assert list(tiny(dls, metrics=["accuracy", "error_rate", "top2",
+                                   partial(accuracy, axis=-1)]).metrics.attrgot("name")) == ["accuracy", "error_rate",
+                                   "top2", "accuracy(axis=-1)"]
+    assert tiny(dls, metrics="accuracy").metrics[0].func is accuracy and tiny(dls,
+        metrics="error_rate").metrics[0].func is error_rate
     with pytest.raises(MetricError, match="Did you mean 'accuracy'"): tiny(dls, metrics="acuracy")
     with pytest.raises(MetricError, match="no metric"): tiny(dls, metrics=[.5])
     for name in ("phase", "epoch", "valid_loss", "lr", "time"):
@@ -230,17 +254,22 @@ def test_metrics_by_name_and_wrong_ones(dls):
 def deep(groups=None):
     "A network of five stages, in a learner with the groups of `groups`"
     def conv(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU())
-    stages = {f"stage{i}": conv(1 if i == 0 else 4, 4) for i in range(4)} | {"pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}
+    stages = {f"stage{i}": conv(1 if i == 0 else 4, 4)
+              for i in range(4)} | {"pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}
     net = Network(Body(nn.Identity(), stages, 4, shapes=[(4, 8, 8)] * 4 + [(4,)]), nn.Linear(4, 10))
-    rows = [(torch.tensor(a / 255.)[None].float(), torch.tensor(y)) for a, y in zip(IMAGES[:96], LABELS[:96], strict=True)]
+    rows = [(torch.tensor(a / 255.)[None].float(), torch.tensor(y)) for a,
+            y in zip(IMAGES[:96], LABELS[:96], strict=True)]
     dls = DataLoaders.from_dsets(rows[:64], rows[64:], bs=16, num_workers=0, device="cpu")
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), splitter=groups, precision="fp32")
 
 
-SPLITS = {"coarser": lambda m: [[p for s in m.stages[:3] for p in s.parameters()], [*m.stages[3].parameters()], [*m.head.parameters()]],
-          "in the middle of a stage": lambda m: [[*m.stages[0].parameters(), *m.stages[1][0].parameters()], [*m.stages[1][1].parameters(), *m.stages[2].parameters(), *m.stages[3].parameters()],
+SPLITS = {"coarser": lambda m: [[p for s in m.stages[:3] for p in s.parameters()], [*m.stages[3].parameters()],
+[*m.head.parameters()]],
+          "in the middle of a stage": lambda m: [[*m.stages[0].parameters(), *m.stages[1][0].parameters()],
+          [*m.stages[1][1].parameters(), *m.stages[2].parameters(), *m.stages[3].parameters()],
                                                  [*m.head.parameters()]],
-          "late first": lambda m: [[*m.stages[3].parameters()], [p for s in m.stages[:3] for p in s.parameters()], [*m.head.parameters()]],
+          "late first": lambda m: [[*m.stages[3].parameters()], [p for s in m.stages[:3] for p in s.parameters()],
+          [*m.head.parameters()]],
           "body and head": lambda m: [[p for s in m.stages for p in s.parameters()], [*m.head.parameters()]]}
 
 
@@ -255,8 +284,10 @@ def test_the_groups_of_an_own_splitter_are_frozen(name):
         wanted = [g >= first for g in range(k)]
         assert [{p.requires_grad for p in g} for g in learn.opt.param_lists] == [{w} for w in wanted], n
         table = learn.groups_table()
-        assert len(table) == k and (table.trainable > 0).tolist() == wanted and learn.frozen == [f"group {i}" for i in range(first)]
-        before, held = [[p.clone() for p in g] for g in learn.opt.param_lists], {id(p) for g in learn.opt.param_lists[:first] for p in g}
+        assert len(table) == k and (table.trainable > 0).tolist() == wanted and learn.frozen == [f"group {i}"
+            for i in range(first)]
+        before, held = [[p.clone() for p in g] for g in learn.opt.param_lists], {id(p)
+            for g in learn.opt.param_lists[:first] for p in g}
         norms = [m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d) and id(m.weight) in held]
         statistics = [m.running_mean.clone() for m in norms]
         if first == k: continue
@@ -289,7 +320,8 @@ class Stop(Callback):
     def state_dict(self): return {}
     def load_state_dict(self, state): pass
     def __call__(self, name):
-        if self.moment is not None and name == "after_epoch" and self.learn.epoch == self.moment: raise KeyboardInterrupt
+        if self.moment is not None and name == "after_epoch" and self.learn.epoch == self.moment:
+            raise KeyboardInterrupt
 
 
 class OwnDrop(nn.Module):
@@ -316,9 +348,12 @@ def slope(net): net[1][0].negative_slope = .5
 def momentum(net): next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)).momentum = .5
 
 
-OTHERS = {"loss": dict(loss_func=LabelSmoothingCrossEntropy()), "loss ": dict(loss_func=Focal()), "loss  ": dict(loss_func=nn.CrossEntropyLoss(label_smoothing=.3)),
-          "loss   ": dict(loss_func=nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3.]))), "loss    ": dict(loss_func=F.cross_entropy),
-          "Dropout": dict(change=dropout), "rate=0.9": dict(change=own_dropout), "LeakyReLU": dict(change=slope), "BatchNorm": dict(change=momentum),
+OTHERS = {"loss": dict(loss_func=LabelSmoothingCrossEntropy()), "loss ": dict(loss_func=Focal()),
+"loss  ": dict(loss_func=nn.CrossEntropyLoss(label_smoothing=.3)),
+          "loss   ": dict(loss_func=nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3.]))),
+          "loss    ": dict(loss_func=F.cross_entropy),
+          "Dropout": dict(change=dropout), "rate=0.9": dict(change=own_dropout), "LeakyReLU": dict(change=slope),
+          "BatchNorm": dict(change=momentum),
           "seed": dict(seed=5), "batch norm": dict(bn="still"), "decay of norms": dict(wd_bn_bias=True)}
 
 
@@ -329,7 +364,8 @@ def test_only_what_was_begun_goes_on(dls, tmp_path):
     assert len(begun(dls, tmp_path / "a").history) == 3
 
 
-@pytest.mark.parametrize("loss", [Focal, partial(Focal, 3.), lambda: partial(F.cross_entropy, label_smoothing=.1), lambda: own_function, FocalLossFlat])
+@pytest.mark.parametrize("loss", [Focal, partial(Focal, 3.), lambda: partial(F.cross_entropy, label_smoothing=.1),
+                                  lambda: own_function, FocalLossFlat])
 def test_the_same_loss_goes_on(dls, tmp_path, loss):
     def learner():
         set_seed(0)
@@ -346,7 +382,8 @@ def test_the_same_loss_goes_on(dls, tmp_path, loss):
 
 class Logs(Callback):
     "Made with a folder, from which it makes a path of its own"
-    def __init__(self, folder, every=1): self.folder, self.file, self.every, self.steps, self.names = folder, str(Path(folder) / "log"), every, 0, ["a"]
+    def __init__(self, folder, every=1):
+        self.folder, self.file, self.every, self.steps, self.names = folder, str(Path(folder) / "log"), every, 0, ["a"]
     def after_epoch(self): self.steps += 1
 
 
@@ -358,7 +395,9 @@ class LogsMore(Logs):
 def test_numbers_come_back_and_nothing_that_names_a_place(cls, tmp_path):
     cb, other = cls(tmp_path / "mine"), cls(tmp_path / "theirs")
     other.steps = 7
-    evil = dict(values=callback_state(other)["values"] | dict(folder="/x", file="/x", every=9, names=["/x"], learn=3, more={"path": "/x"}), parts=callback_state(other)["parts"])
+    evil = dict(values=callback_state(other)["values"]
+                | dict(folder="/x", file="/x", every=9, names=["/x"], learn=3, more={"path": "/x"}),
+                parts=callback_state(other)["parts"])
     before = dict(vars(cb))
     load_callback_state(cb, evil)
     assert cb.steps == 7 and vars(cb) == before | {"steps": 7}
@@ -378,10 +417,13 @@ def test_a_foreign_checkpoint_writes_nowhere_else(dls, tmp_path):
     state = read_packed(path)
     for _, kept in state["callbacks"]:
         for key in ("values", "own"):
-            if key in kept: kept[key] |= dict(fname=victim, path=victim, file=str(victim), folder=str(victim.parent), last_saved_path=victim, model_dir=str(victim.parent))
+            if key in kept:
+                kept[key] |= dict(fname=victim, path=victim, file=str(victim), folder=str(victim.parent),
+                                  last_saved_path=victim, model_dir=str(victim.parent))
     state["learner"] |= dict(path=victim.parent, model_dir="owned", lr=9.)
     path.unlink()
     write_packed(tmp_path / "ck", path.name.rpartition("-")[0], state)
     learn = fit(None, resume=True)
     assert victim.read_text() == "mine" and [p.name for p in victim.parent.iterdir()] == ["file"]
-    assert (tmp_path / "log.csv").exists() and (tmp_path / "models" / "best.pth").exists() and learn.path == tmp_path and learn.lr != 9
+    assert (tmp_path / "log.csv").exists() and (tmp_path / "models" / "best.pth").exists()
+    assert learn.path == tmp_path and learn.lr != 9

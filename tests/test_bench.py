@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
-TINY = "--sets", "stripes", "--size", "32", "--bs", "4", "--epochs", "1", "--seeds", "0", "--images", "16", "--valid", "8"
+TINY = ("--sets", "stripes", "--size", "32", "--bs", "4", "--epochs", "1", "--seeds", "0", "--images", "16", "--valid",
+    "8")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def place(tmp_path_factory):
 ])
 def test_a_bench_runs(root, place, name, args, columns):
     out = place / f"{name}.csv"
-    command = [sys.executable, "-W", "ignore", root / "bench" / f"{name}.py", "--data", place / "data", "--weights", place / "resnet18.pth", "--out", out, *args]
+    command = [sys.executable, "-W", "ignore", root / "bench" / f"{name}.py", "--data", place / "data", "--weights",
+               place / "resnet18.pth", "--out", out, *args]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr[-2000:]
     assert columns <= set(pd.read_csv(out))
@@ -48,8 +50,10 @@ def test_the_bench_of_predictions_runs(root, place):
     "Another kind of arguments: files, of which some are broken"
     out = place / "predict.csv"
     args = "--sets", "stripes", "--size", "32", "--bs", "4", "--files", "20", "--broken", "2"
-    command = [sys.executable, "-W", "ignore", root / "bench" / "predict.py", "--data", place / "data", "--weights", place / "resnet18.pth", "--out", out, *args]
+    command = [sys.executable, "-W", "ignore", root / "bench" / "predict.py", "--data", place / "data", "--weights",
+               place / "resnet18.pth", "--out", out, *args]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_csv(out).set_index(["way", "files"])
-    assert table.loc[("predict", 20), "images"] == 18 and table.loc[("predict", 20), "errors"] == 2 and (table["images/s"] > 0).all()
+    assert table.loc[("predict", 20), "images"] == 18 and table.loc[("predict", 20),
+        "errors"] == 2 and (table["images/s"] > 0).all()

@@ -1,4 +1,5 @@
-"""Images that turn out to be broken when they are decoded are left out of all figures, counted, and never remembered under their name."""
+"""Images that turn out to be broken when they are decoded are left out of all figures, counted, and never remembered
+under their name."""
 
 import warnings
 
@@ -52,7 +53,8 @@ def figures(learn):
 
 @pytest.mark.parametrize("rows", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("damage", [cut, gone])
-@pytest.mark.parametrize("how", [dict(frozen=0), dict(frozen=0, cache=False), dict(frozen=0, num_workers=2), dict(frozen=-2), dict(frozen=-2, cache=False)], ids=str)
+@pytest.mark.parametrize("how", [dict(frozen=0), dict(frozen=0, cache=False), dict(frozen=0, num_workers=2),
+                                 dict(frozen=-2), dict(frozen=-2, cache=False)], ids=str)
 def test_figures_are_those_without_them(table, rows, damage, how):
     valid = table[table.split == "valid"].reset_index(drop=True)
     whole = pd.concat([table[table.split == "train"], valid.drop(index=rows)])
@@ -63,7 +65,8 @@ def test_figures_are_those_without_them(table, rows, damage, how):
     with learn.no_bar(), learn.no_logging():
         preds, targets = learn.get_preds()
         report = learn.evaluate()
-    assert len(preds) == len(targets) == 8 and sorted(set(torch.where(preds.isnan())[0].tolist())) == rows  # row by row, and no stand-in's
+    # row by row, and no stand-in's
+    assert len(preds) == len(targets) == 8 and sorted(set(torch.where(preds.isnan())[0].tolist())) == rows
     assert report.left_out == len(rows) and len(report.probs) == 8 - len(rows) and "cannot be opened" in str(report)
     assert not np.isnan(report.probs).any() and len(learn.dls.bad_files) == len(rows)
     np.testing.assert_allclose(report.table["value"]["top1"], expected[1])
@@ -98,6 +101,8 @@ def test_folds_leave_them_out(table):
         learn = vision_learner(dls, cnn(2, size=16, channels=(4,)), metrics=accuracy, precision="fp32", seed=seed)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         return learn
-    found = cross_validate(train, table.drop(columns="split"), k=2, say=lambda line: None, size=16, bs=4, num_workers=0, augment=None)
-    assert len(found.out_of_fold) == 22 and not {3, 10} & set(found.out_of_fold.index) and found.folds.images.sum() == 22
+    found = cross_validate(train, table.drop(columns="split"), k=2, say=lambda line: None, size=16, bs=4, num_workers=0,
+                           augment=None)
+    assert len(found.out_of_fold) == 22 and not {3,
+                                                 10} & set(found.out_of_fold.index) and found.folds.images.sum() == 22
     assert not np.isnan(found.report.probs).any()

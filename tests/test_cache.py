@@ -158,14 +158,18 @@ def noise(x): return x + torch.randn(x.shape) * 20 if isinstance(x, TensorImage)
 class Noise(Transform):
     split_idx = 0
     def encodes(self, x:TensorImage): return noise(x)
-def noisy_image(x:PILImage): return PILImage.create(np.uint8(np.clip(np.asarray(x, int) + np.random.randint(-80, 80), 0, 255)))
+def noisy_image(x:PILImage):
+    return PILImage.create(np.uint8(np.clip(np.asarray(x, int) + np.random.randint(-80, 80), 0, 255)))
 
 
-@pytest.mark.parametrize("place, transform", [("after_batch", noise), ("after_batch", Noise()), ("after_batch", Transform(noise, split_idx=0)), ("after_batch", Transform(noise)),
-                                              ("after_item", noisy_image), ("after_item", Transform(noisy_image, split_idx=0))])
+@pytest.mark.parametrize("place, transform", [("after_batch", noise), ("after_batch", Noise()),
+("after_batch", Transform(noise, split_idx=0)), ("after_batch", Transform(noise)),
+                                              ("after_item", noisy_image),
+                                              ("after_item", Transform(noisy_image, split_idx=0))])
 def test_a_random_function_has_views(folder, place, transform):
     dls = data(folder, augment=None)
-    getattr(dls.train, place).add(transform if isinstance(transform, Transform) else Transform(transform, order=50 if place == "after_batch" else -5))
+    getattr(dls.train, place).add(transform if isinstance(transform, Transform)
+                                  else Transform(transform, order=50 if place == "after_batch" else -5))
     learn = vision_learner(dls, network(), views=3, precision="fp32")
     learn.freeze_to(-2)
     assert is_random(dls.train)
@@ -196,8 +200,10 @@ def asked(net, dl, store):
     return found.take(found.places(names))
 
 
-@pytest.mark.parametrize("change", [lambda m: Teacher(-2.), lambda m: m.setattr(Teacher, "sign", -2.) or Teacher(), lambda m: m.setitem(globals(), "BASE", -2.) or Teacher(),
-                                    lambda m: m.setattr(Teacher, "forward", lambda self, x: -2 * x.mean((2, 3))[:, :2]) or Teacher()])
+@pytest.mark.parametrize("change", [lambda m: Teacher(-2.), lambda m: m.setattr(Teacher, "sign", -2.) or Teacher(),
+lambda m: m.setitem(globals(), "BASE", -2.) or Teacher(),
+                                    lambda m: m.setattr(Teacher, "forward", lambda self, x: -2 * x.mean((2, 3))[:, :2])
+                                    or Teacher()])
 @pytest.mark.parametrize("inside", [lambda net: net, lambda net: nn.Sequential(nn.Identity(), net)])
 def test_another_teacher_is_asked_anew(folder, monkeypatch, change, inside):
     dl, store = data(folder, augment=None).valid, FeatureStore(folder=folder.parent / "store")
@@ -300,7 +306,8 @@ def test_a_callback_declares_whether_it_uses_images(folder, capsys, cls, cached,
     learn.freeze_to(-2)
     for _ in range(2):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cls())
-    assert list(learn.history.cached) == [cached] * 2 and capsys.readouterr().out.count("declare `uses_images = False`") == said
+    assert list(learn.history.cached) == [cached] * 2 and capsys.readouterr().out.count("declare `uses_images = "
+        "False`") == said
 
 
 def test_every_callback_of_ftlib_declares_it():
@@ -471,7 +478,8 @@ DECODER = """
 
 
 def decoder(folder, kept, pause):
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(DECODER), str(folder), str(kept), str(pause)],
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(DECODER), str(folder), str(kept),
+    str(pause)],
                             stdout=subprocess.PIPE, text=True)
 
 

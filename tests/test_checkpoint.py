@@ -69,7 +69,8 @@ def network():
 def learner(folder, workers=0, **kwargs):
     set_seed(3)
     dls = image_data(folder, size=16, bs=8, valid=.3, num_workers=workers)
-    return Learner(dls, network(), **dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, precision="fp32") | kwargs)
+    return Learner(dls, network(), **dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, precision="fp32")
+                   | kwargs)
 
 
 def state(learn):
@@ -100,9 +101,12 @@ def train(learn, place, dies=None, resume=False, phase=None, **kwargs):
 def each_two_steps(place): return Checkpoint(place, every=2)
 
 
-SETTINGS = {"as it comes": {}, "images": dict(cache=False), "workers": dict(workers=2), "each two steps": dict(how=each_two_steps),
-            "mixup": dict(cbs=[MixUp]), "accumulated, each two steps": dict(cbs=[lambda: GradientAccumulation(20)], how=each_two_steps), "images, each two steps": dict(cache=False, how=each_two_steps),
-            "stopping": dict(cbs=[lambda: EarlyStopping("accuracy", patience=2)]), "torch's SGD": dict(opt_func=torch.optim.SGD)}
+SETTINGS = {"as it comes": {}, "images": dict(cache=False), "workers": dict(workers=2),
+"each two steps": dict(how=each_two_steps),
+            "mixup": dict(cbs=[MixUp]), "accumulated, each two steps": dict(cbs=[lambda: GradientAccumulation(20)],
+            how=each_two_steps), "images, each two steps": dict(cache=False, how=each_two_steps),
+            "stopping": dict(cbs=[lambda: EarlyStopping("accuracy", patience=2)]),
+            "torch's SGD": dict(opt_func=torch.optim.SGD)}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -163,7 +167,8 @@ def test_weights_lie_as_they_lay(folder, tmp_path):
 def test_fine_tune(folder, tmp_path):
     def run(place, dies=None, resume=False):
         learn = learner(folder)
-        with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 1e-2, cbs=Dies(dies), checkpoint=tmp_path / place, resume=resume)
+        with learn.no_bar(), learn.no_logging():
+            learn.fine_tune(2, 1e-2, cbs=Dies(dies), checkpoint=tmp_path / place, resume=resume)
         return state(learn)
     whole = run("whole")
     with pytest.raises(Killed): run("cut", (1, 1))
@@ -179,7 +184,8 @@ def test_fine_tune_that_finds_its_learning_rates(folder, tmp_path):
         with learn.no_bar(), learn.no_logging():
             if dies: cb.before_train = lambda: setattr(cb, "moment", dies if learn.epoch_log.phase == phase else None)
             learn.fine_tune(2, cbs=cb, freeze_epochs=6, checkpoint=tmp_path / place, resume=resume)
-        return [v.clone() for v in learn.model.state_dict().values()], learn.history.drop(columns=["seconds", "fill_seconds"]), learn.fine_tuning.drop(columns="seconds")
+        return [v.clone() for v in learn.model.state_dict().values()], learn.history.drop(columns=["seconds",
+            "fill_seconds"]), learn.fine_tuning.drop(columns="seconds")
     whole = run("whole")
     for place, dies, phase in (("head", (3, 1), 1), ("all", (1, 1), 2)):
         with pytest.raises(Killed): run(place, dies, phase)
@@ -189,7 +195,8 @@ def test_fine_tune_that_finds_its_learning_rates(folder, tmp_path):
 
 def test_another_course_is_refused_and_named(folder, tmp_path):
     def fit(learn, *args, **kwargs):
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(*args, **dict(checkpoint=tmp_path, resume=True) | kwargs)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(*args, **dict(checkpoint=tmp_path, resume=True) | kwargs)
     with pytest.raises(Killed): fit(learner(folder), 3, 1e-2, cbs=Dies((1, 1)))
     def refused(said, learn, *args, **kwargs):
         before = [p.clone() for p in learn.model.parameters()]
@@ -213,7 +220,8 @@ def test_another_course_is_refused_and_named(folder, tmp_path):
     other.model.head[1] = nn.Linear(16, 5)
     other.opt = None
     refused("another network", other, 3, 1e-2)
-    with pytest.raises(CheckpointError, match="already contains checkpoints"): fit(learner(folder), 3, 1e-2, resume=False)
+    with pytest.raises(CheckpointError, match="already contains checkpoints"):
+        fit(learner(folder), 3, 1e-2, resume=False)
 
 
 def test_a_folder_that_has_moved_is_the_same_data(folder, tmp_path):
@@ -229,7 +237,8 @@ def test_what_is_kept(folder, tmp_path):
         with pytest.raises(Killed): learn.fit(6, 1e-1, cbs=Dies((5, 0)), checkpoint=Checkpoint(tmp_path, keep=2))
     best = int(learn.history.valid_loss.idxmin()) + 1
     assert sorted(map(int, checkpoints(tmp_path).epoch)) == sorted({best, 4, 5})
-    with learn.no_bar(), learn.no_logging(): learn.fit(6, 1e-1, cbs=Dies(), checkpoint=Checkpoint(tmp_path, keep=2), resume=True)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(6, 1e-1, cbs=Dies(), checkpoint=Checkpoint(tmp_path, keep=2), resume=True)
     best = int(learn.history.valid_loss.idxmin()) + 1
     assert checkpoints(tmp_path).epoch.tolist() == ["end", *([f"{best:04}"] if best < 6 else [])]
     other = learner(folder)
@@ -237,18 +246,21 @@ def test_what_is_kept(folder, tmp_path):
     with other.no_bar(): assert np.isclose(other.validate()[0], learn.history.valid_loss.min())
     load_checkpoint(other, tmp_path)
     assert all(map(torch.equal, other.model.parameters(), learn.model.parameters()))
-    with pytest.raises(CheckpointError, match="another network"): load_checkpoint(Learner(learn.dls, nn.Linear(2, 2), loss_func=nn.MSELoss()), tmp_path)
+    with pytest.raises(CheckpointError, match="another network"):
+        load_checkpoint(Learner(learn.dls, nn.Linear(2, 2), loss_func=nn.MSELoss()), tmp_path)
 
 
 def test_a_state_of_another_version_is_refused(folder, tmp_path):
     write_packed(tmp_path, "01-0001", dict(version=0))
-    with pytest.raises(CheckpointError, match="another version"): learner(folder).fit(1, 1e-2, checkpoint=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="another version"):
+        learner(folder).fit(1, 1e-2, checkpoint=tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="another version"): load_checkpoint(learner(folder), tmp_path)
 
 
 def test_a_monitor_that_is_not_there(folder, tmp_path):
     learn = learner(folder)
-    with pytest.raises(MetricError, match="Did you mean 'accuracy'"): learn.fit(1, 1e-2, checkpoint=Checkpoint(tmp_path, monitor="acuracy"))
+    with pytest.raises(MetricError, match="Did you mean 'accuracy'"):
+        learn.fit(1, 1e-2, checkpoint=Checkpoint(tmp_path, monitor="acuracy"))
     bare = Learner(learn.dls, network(), loss_func=CrossEntropyLossFlat(), default_cbs=False)
     with pytest.raises(CheckpointError, match="default_cbs=False"): bare.fit(1, 1e-2, checkpoint=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -259,7 +271,9 @@ def test_a_state_that_can_not_be_kept_costs_no_training(folder, tmp_path):
         def state_dict(self): return dict(f=print)
         def load_state_dict(self, state): pass
     learn = learner(folder, cbs=Odd())
-    with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="is a builtin_function.*Training continues"): learn.fit(2, 1e-2, checkpoint=tmp_path)
+    with (learn.no_bar(), learn.no_logging(),
+          pytest.warns(UserWarning, match="is a builtin_function.*Training continues")):
+        learn.fit(2, 1e-2, checkpoint=tmp_path)
     assert len(learn.history) == 2
 
 
@@ -296,9 +310,11 @@ def test_a_file_system_that_fails(name, number, folder, tmp_path, monkeypatch):
         if Path(args[0]).parent != place or args[1] != "w+b": return open(*args)  # no checkpoint is written
         return failing(*args) if name == "open" else File(open(*args)) if name == "write" else open(*args)
     for at in (1, 2, 3, 4):
-        calls, place, real = [], tmp_path / f"{at}", {"open": open, "fsync": os.fsync, "replace": os.replace, "write": None}[name]
+        calls, place, real = [], tmp_path / f"{at}", {"open": open, "fsync": os.fsync, "replace": os.replace,
+                                                      "write": None}[name]
         learn = learner(folder, cache=False)
-        with monkeypatch.context() as m, learn.no_bar(), learn.no_logging(), warnings.catch_warnings(record=True) as said:
+        with (monkeypatch.context() as m, learn.no_bar(), learn.no_logging(),
+              warnings.catch_warnings(record=True) as said):
             warnings.simplefilter("always")
             m.setattr(files, "open", opened, raising=False)
             if name in ("fsync", "replace"): m.setattr(os, name, failing)

@@ -62,7 +62,8 @@ def complaint(done):
 def test_train_writes_tables_plots_and_weights(shell, stripes):
     done = check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "out"), 0)
     out = shell.folder / "out"
-    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "model.ftl", "per_class.png", "split.csv", "summary.csv", *REPORT}
+    assert {p.name for p in out.iterdir()} == {"history.csv", "history.png", "model.ftl", "per_class.png", "split.csv",
+                                               "summary.csv", *REPORT}
     classes, history, summary = (pd.read_csv(out / f"{n}.csv") for n in ("per_class", "history", "summary"))
     assert classes["class"].tolist() == ["lying", "standing"]
     assert len(history) == 3 and {"train_loss", "valid_loss", "accuracy"} <= set(history)
@@ -76,11 +77,13 @@ def test_new_images_are_classified_and_sorted(shell, stripes, tmp_path):
     check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "runs/train"), 0)
     inbox = tmp_path / "inbox"
     inbox.mkdir()
-    for i, path in enumerate(sorted(stripes.glob("*/0[0-5].png"))): (inbox / f"{path.parent.name}-{i}.png").write_bytes(path.read_bytes())
+    for i, path in enumerate(sorted(stripes.glob("*/0[0-5].png"))):
+        (inbox / f"{path.parent.name}-{i}.png").write_bytes(path.read_bytes())
     (inbox / "=broken.png").write_text("no image")
     done = check(shell("predict", inbox, "--csv", "out/classes.csv", "--copy-to", "sorted"), 0)
     table = pd.read_csv(shell.folder / "out" / "classes.csv")
-    assert len(table) == 13 and table["error"].notna().sum() == 1 and "12 images" in done.stdout and "(cannot be read)" in done.stdout
+    assert len(table) == 13 and table["error"].notna().sum() == 1
+    assert "12 images" in done.stdout and "(cannot be read)" in done.stdout
     good = table[table["error"].isna()]
     assert (good["path"].map(lambda p: p.rsplit("/", 1)[1].split("-")[0]) == good["class"]).mean() > .8
     assert {p.parent.name: 1 for p in (shell.folder / "sorted").glob("*/*")} == {c: 1 for c in good["class"].unique()}
@@ -103,7 +106,8 @@ def test_a_training_is_judged_again(shell, stripes):
 
 def test_what_was_trained_on_is_not_evaluated(shell, stripes):
     "Another seed or share would make another split: the training's own counts"
-    check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--seed", 7, "--valid", ".3", "--out", "out"), 0)
+    check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--seed", 7, "--valid", ".3", "--out", "out"),
+          0)
     check(shell("evaluate", stripes, "--model", "out/model.ftl", "--out", "judged"), 0)
     split = pd.read_csv(shell.folder / "out" / "split.csv")
     assert pd.read_csv(shell.folder / "judged" / "per_class.csv")["images"].sum() == (split["split"] == "valid").sum()
@@ -127,7 +131,8 @@ def test_weights_of_something_else_are_refused(shell, stripes, tmp_path):
     assert "slanted" in complaint(check(shell("evaluate", stripes.parent / "others", "--model", "out/model.ftl"), 2))
     (shell.folder / "odd.safetensors").write_bytes(b"odd")
     assert "cannot read weights" in complaint(check(shell("evaluate", stripes, "--model", "odd.safetensors"), 2))
-    assert "there is no test set" in complaint(check(shell("evaluate", stripes, "--model", "out/model.ftl", "--on", "test"), 2))
+    assert "there is no test set" in complaint(check(shell("evaluate", stripes, "--model", "out/model.ftl", "--on",
+                                                           "test"), 2))
 
 
 def test_weights_of_an_earlier_version_are_evaluated(shell, stripes):
@@ -138,7 +143,8 @@ def test_weights_of_an_earlier_version_are_evaluated(shell, stripes):
     check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--out", "out"), 0)
     dls = image_data(stripes, size=32, bs=8)
     save_weights(load_bundle(shell.folder / "out" / "model.ftl").learner(dls), shell.folder / "out" / "old.safetensors")
-    for name, model in (("a", "out/model.ftl"), ("b", "out/old.safetensors")): check(shell("evaluate", stripes, "--bs", 8, "--weights", model, "--out", name), 0)
+    for name, model in (("a", "out/model.ftl"), ("b", "out/old.safetensors")):
+        check(shell("evaluate", stripes, "--bs", 8, "--weights", model, "--out", name), 0)
     one, two = (pd.read_csv(shell.folder / name / "figures.csv") for name in "ab")
     pd.testing.assert_frame_equal(one, two, rtol=1e-5)
 
@@ -147,11 +153,13 @@ def test_a_bundle_that_cannot_be_written_costs_no_weights(shell, stripes, monkey
     def fails(*args, **kwargs): raise OSError("no space left")
     monkeypatch.setattr("ftlib.experiment.pipeline.save_bundle", fails)
     done = check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "out"), 0)
-    assert "no space left" in done.stderr and "0." in check(shell("evaluate", stripes, "--model", "out/weights.safetensors"), 0).stdout
+    assert "no space left" in done.stderr and "0." in check(shell("evaluate", stripes, "--model",
+        "out/weights.safetensors"), 0).stdout
 
 
 def test_the_same_seed_gives_the_same_run(shell, stripes):
-    def run(out): return check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--seed", 7, "--out", out), 0)
+    def run(out):
+        return check(shell("train", stripes, *SMALL, "--epochs", 2, "--lr", "5e-3", "--seed", 7, "--out", out), 0)
     run("a"), run("b")
     a, b = (pd.read_csv(shell.folder / o / "history.csv") for o in "ab")
     assert a[["train_loss", "valid_loss"]].equals(b[["train_loss", "valid_loss"]])
@@ -228,7 +236,9 @@ def test_as_a_process(root, tmp_path):
     "`python -m ftlib`, from another folder: exit codes reach the shell, one line and no warning the error stream"
     env = {**os.environ, "PYTHONPATH": str(root)}
     env.pop("PYTHONWARNINGS", None)
-    def run(*args): return subprocess.run([sys.executable, "-m", "ftlib", *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    def run(*args):
+        return subprocess.run([sys.executable, "-m", "ftlib", *args], cwd=tmp_path, env=env, capture_output=True,
+                              text=True)
     assert "nowhere" in complaint(check(run("audit", "nowhere"), 2))
     assert "resnet18" in check(run("models", "resnet1*"), 0).stdout
     assert "Traceback" in check(run("audit", "nowhere", "--debug"), 1).stderr

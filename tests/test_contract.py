@@ -1,4 +1,5 @@
-"""What every callback owes the learner, ftlib's and those of fastai that are used most: each goes the same course. New ones of ftlib are found by themselves."""
+"""What every callback owes the learner, ftlib's and those of fastai that are used most: each goes the same course. New
+ones of ftlib are found by themselves."""
 
 import copy
 import importlib
@@ -33,20 +34,28 @@ from ftlib.callbacks.stopping import EarlyStopping
 from ftlib.callbacks.trackers import MonitorCallback, ReduceLROnPlateau
 
 # How those are made that want something said; the others are made of nothing.
-MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"), ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
-          Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), Hints: lambda: Hints(TEACHER, 'fitnet')}
+MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"),
+ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
+          Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))),
+          Hints: lambda: Hints(TEACHER, 'fitnet')}
 # Every learner has the first ones; of `MonitorCallback` others are made, and `LRSweep` belongs to the rate finder
 NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, MonitorCallback, LRSweep}
-FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback, "EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
-          "fastai's plateau": partial(FastaiPlateau, patience=1), "TerminateOnNaN": fc.TerminateOnNaNCallback, "Tracker": fc.TrackerCallback, "MixUp": fc.MixUp,
-          "CutMix": fc.CutMix, "GradientAccumulation": partial(fc.GradientAccumulation, 96), "GradientClip": fc.GradientClip, "BnFreeze": fc.BnFreeze,
-          "ActivationStats": fc.ActivationStats, "ParamScheduler": partial(fc.ParamScheduler, {"lr": fc.combined_cos(.25, 1e-3, 1e-2, 1e-5)}), "FetchPreds": fc.FetchPredsCallback}
+FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback,
+"EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
+          "fastai's plateau": partial(FastaiPlateau, patience=1), "TerminateOnNaN": fc.TerminateOnNaNCallback,
+          "Tracker": fc.TrackerCallback, "MixUp": fc.MixUp,
+          "CutMix": fc.CutMix, "GradientAccumulation": partial(fc.GradientAccumulation, 96),
+          "GradientClip": fc.GradientClip, "BnFreeze": fc.BnFreeze,
+          "ActivationStats": fc.ActivationStats, "ParamScheduler": partial(fc.ParamScheduler,
+          {"lr": fc.combined_cos(.25, 1e-3, 1e-2, 1e-5)}), "FetchPreds": fc.FetchPredsCallback}
 
 
 def ours():
     "Callbacks that ftlib defines"
-    rooms = [importlib.import_module(m.name) for m in pkgutil.walk_packages(ftlib.__path__, "ftlib.") if "._modidx" not in m.name]
-    found = {o for room in rooms for o in vars(room).values() if isinstance(o, type) and issubclass(o, Callback) and o.__module__.startswith("ftlib.")}
+    rooms = [importlib.import_module(m.name) for m in pkgutil.walk_packages(ftlib.__path__, "ftlib.")
+             if "._modidx" not in m.name]
+    found = {o for room in rooms for o in vars(room).values() if isinstance(o, type) and issubclass(o, Callback)
+             and o.__module__.startswith("ftlib.")}
     return {cls.__name__: MAKERS.get(cls, cls) for cls in sorted(found - NOT_GIVEN, key=lambda c: c.__name__)}
 
 
@@ -64,12 +73,14 @@ class Bomb(Callback):
     def state_dict(self): return {}
     def load_state_dict(self, state): pass
     def __call__(self, name):
-        if name == self.moment and (name in ("before_fit", "after_fit") or self.learn.epoch == 1): raise self.error("here")
+        if name == self.moment and (name in ("before_fit", "after_fit") or self.learn.epoch == 1):
+            raise self.error("here")
 
 
 def network():
     def conv(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.ReLU())
-    return Network(Body(Normalize([.3], [.35]), dict(stem=conv(1, 8), stage1=conv(8, 16), pool=nn.Flatten()), 64, shapes=[(8, 4, 4), (16, 2, 2), (64,)]), nn.Linear(64, 10))
+    return Network(Body(Normalize([.3], [.35]), dict(stem=conv(1, 8), stage1=conv(8, 16), pool=nn.Flatten()), 64,
+                        shapes=[(8, 4, 4), (16, 2, 2), (64,)]), nn.Linear(64, 10))
 
 
 TEACHER = network()
@@ -96,7 +107,9 @@ def same(a, b): return all(map(torch.equal, a, b))
 def named(learn): return sorted(type(cb).__name__ for cb in learn.cbs)
 
 
-def hooks(learn): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in learn.model.modules())
+def hooks(learn):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+               for m in learn.model.modules())
 
 
 def assert_usable(learn, loss, names):
@@ -130,7 +143,8 @@ def test_an_error_at_each_event(name, error, tmp_path):
         rows = len(learn.history)
         with pytest.raises(error, match="here"): fit(learn, 3, cbs=[CALLBACKS[name](), Bomb(event, error)])
         # Those that stop early may have ended the fit by then
-        assert len(learn.history) - rows == {"before_fit": 0, "after_epoch": 2, "after_fit": len(learn.history) - rows}.get(event, 1)
+        assert len(learn.history) - rows == {"before_fit": 0, "after_epoch": 2,
+                                             "after_fit": len(learn.history) - rows}.get(event, 1)
         assert_usable(learn, loss, names)
 
 
@@ -154,7 +168,8 @@ def test_a_sweep_and_a_look_in_between(name, tmp_path):
     assert same(a, b) and h.equals(g)
 
 
-@pytest.mark.parametrize("name", [n for n in CALLBACKS if n != "CSVLogger"])  # it holds on to an open file, which can't be copied
+# it holds on to an open file, which can't be copied
+@pytest.mark.parametrize("name", [n for n in CALLBACKS if n != "CSVLogger"])
 def test_two_fits_and_a_copy(name, tmp_path):
     learn = learner(tmp_path, cbs=CALLBACKS[name]())
     fit(learn)
@@ -170,7 +185,8 @@ def test_two_fits_and_a_copy(name, tmp_path):
 def test_killed_and_resumed(name, tmp_path):
     def run(place, event=None, resume=False):
         learn = learner(tmp_path)
-        fit(learn, 3, cbs=[CALLBACKS[name](), Bomb(event, KeyboardInterrupt)], checkpoint=tmp_path / place, resume=resume)
+        fit(learn, 3, cbs=[CALLBACKS[name](), Bomb(event, KeyboardInterrupt)], checkpoint=tmp_path / place,
+            resume=resume)
         return weights(learn), learn.history.drop(columns=["seconds"])
     whole, history = run("whole")
     for event in ("after_batch", "before_validate"):
@@ -181,7 +197,8 @@ def test_killed_and_resumed(name, tmp_path):
 
 # ---- a look from within a fit
 
-LOOKS = {"validate": lambda l: l.validate(), "get_preds": lambda l: l.get_preds(), "lr_find": lambda l: l.lr_find(num_it=10, show_plot=False),
+LOOKS = {"validate": lambda l: l.validate(), "get_preds": lambda l: l.get_preds(),
+"lr_find": lambda l: l.lr_find(num_it=10, show_plot=False),
          "get_preds of the training set": lambda l: l.get_preds(ds_idx=0)}
 
 
@@ -193,7 +210,8 @@ class Looks(Callback):
     def after_epoch(self): self._ask("after_epoch")
 
     def _ask(self, event):
-        if event != self.event or self.busy or hasattr(self.learn, "lr_finder") or not self.learn.training and event == "after_batch": return
+        if event != self.event or self.busy or hasattr(self.learn, "lr_finder"): return
+        if not self.learn.training and event == "after_batch": return
         self.busy, before = True, [m.training for m in self.learn.model.modules()]
         self.look(self.learn)
         self.busy = False

@@ -1,4 +1,5 @@
-"""Whatever happens to the files of the cache, what is trained on is what was decoded; and of other files none is touched."""
+"""Whatever happens to the files of the cache, what is trained on is what was decoded; and of other files none is
+touched."""
 
 import json
 import os
@@ -39,7 +40,8 @@ def decoded(paths, folder, **kwargs):
 def features(folder, names="abcd", value=1.):
     "A store that has no memory, so that all goes to the disk"
     store = FeatureStore(memory=0, folder=folder)
-    with store.block(store.features(RECIPE), list(names), (600,), torch.float32) as block: block.copy_(torch.arange(len(names))[:, None] + value)
+    with store.block(store.features(RECIPE), list(names), (600,), torch.float32) as block:
+        block.copy_(torch.arange(len(names))[:, None] + value)
     return store
 
 
@@ -58,10 +60,16 @@ def listed(change):
     return f
 
 
-LISTS = [listed(f) for f in (lambda o: [], lambda o: 7, lambda o: None, lambda o: {}, lambda o: o | {"bytes": "many"}, lambda o: o | {"rows": 3, "names": 3}, lambda o: o | {"dtype": "sum", "rows": {}},
-                             lambda o: o | {"rows": {k: [10**12, 20, 20, 1] for k in o.get("rows", ())}, "shape": [10**9, 600]}, lambda o: o | {"rows": {k: "abc" for k in o.get("rows", ())}, "names": [[]] * 4},
-                             lambda o: o | {"rows": {k: [-5, 20, 20, 1] for k in o.get("rows", ())}, "shape": [-4, 600]}, lambda o: o | {"sums": 0, "rows": {k: None for k in o.get("rows", ())}})]
-DAMAGE = [("bin", f) for f in (zeroed, half_zeroed, one_bit, swapped, cut, emptied, grown, gone)] + [("json", f) for f in (zeroed, cut, emptied, gone, *LISTS)]
+LISTS = [listed(f) for f in (lambda o: [], lambda o: 7, lambda o: None, lambda o: {}, lambda o: o | {"bytes": "many"},
+lambda o: o | {"rows": 3, "names": 3}, lambda o: o | {"dtype": "sum", "rows": {}},
+                             lambda o: o | {"rows": {k: [10**12, 20, 20, 1] for k in o.get("rows", ())},
+                             "shape": [10**9, 600]}, lambda o: o | {"rows": {k: "abc" for k in o.get("rows", ())},
+                             "names": [[]] * 4},
+                             lambda o: o | {"rows": {k: [-5, 20, 20, 1] for k in o.get("rows", ())},
+                             "shape": [-4, 600]}, lambda o: o | {"sums": 0,
+                             "rows": {k: None for k in o.get("rows", ())}})]
+DAMAGE = [("bin", f) for f in (zeroed, half_zeroed, one_bit, swapped, cut, emptied, grown, gone)] + [("json", f)
+    for f in (zeroed, cut, emptied, gone, *LISTS)]
 
 
 @pytest.mark.parametrize("kind, damage", DAMAGE)
@@ -105,7 +113,8 @@ SHRINKS = """
 
 def test_mapped_features_that_are_cut_short(tmp_path):
     features(tmp_path / "kept")
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(SHRINKS), tmp_path / "kept"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(SHRINKS), tmp_path / "kept"],
+                         capture_output=True, text=True)
     assert run.returncode != -signal.SIGBUS, "killed"
     assert "cut short by another program; fit again" in run.stdout and run.stdout.endswith("[0, 1, 2, 3]\n")
 
@@ -120,7 +129,8 @@ def test_a_checksum_sees_each_bit(data, more):
 
 # ---- whose files they are
 
-MINE = ["pytorch_model.bin", "pytorch_model.json", "draft.new", "a.bin", "model-0123456789abcdef0123456789abcdef.bin", "24v2.bin", "24v2-123.bin", "notes-24v2-" + RECIPE + ".json",
+MINE = ["pytorch_model.bin", "pytorch_model.json", "draft.new", "a.bin", "model-0123456789abcdef0123456789abcdef.bin",
+"24v2.bin", "24v2-123.bin", "notes-24v2-" + RECIPE + ".json",
         "weights.bin.12.34.new", RECIPE + ".bin"]
 
 
@@ -141,11 +151,13 @@ def stranger(path): os.chown(path, 65534, 65534)
 def for_all(path): path.chmod(0o666)
 
 
-@pytest.mark.parametrize("which, change", [("folder", stranger), ("*.bin", stranger), ("*.json", stranger), ("*.bin", for_all), ("*.json", for_all)])
+@pytest.mark.parametrize("which, change", [("folder", stranger), ("*.bin", stranger), ("*.json", stranger),
+                                           ("*.bin", for_all), ("*.json", for_all)])
 def test_what_others_can_write_is_not_believed(paths, tmp_path, capsys, which, change):
     if which == "folder" and os.getuid(): pytest.skip("only root can give a folder away")
     if change is stranger and os.getuid(): pytest.skip("only root can give a file away")
-    for folder, make, names in ((tmp_path / "kept", lambda f: decoded(paths, f), None), (tmp_path / "features", features, "abcd")):
+    for folder, make, names in ((tmp_path / "kept", lambda f: decoded(paths, f), None),
+                                (tmp_path / "features", features, "abcd")):
         make(folder)
         for p in [folder] if which == "folder" else folder.glob(which): change(p)
         if names: assert len(FeatureStore(folder=folder).features(RECIPE).missing(names)) == 4

@@ -66,7 +66,8 @@ def test_every_source_gives_the_same_split(folder, table, tmp_path):
     table.to_csv(folder / "labels.csv", index=False)
     files = [folder / p for p in table["path"]]
     arrays = {"image": [np.asarray(Image.open(f)) for f in files], "label": list(table["label"])}
-    sources = {"folder": folder, "csv": folder / "labels.csv", "lists": (files, list(table["label"])), "mapping": arrays}
+    sources = {"folder": folder, "csv": folder / "labels.csv", "lists": (files, list(table["label"])),
+               "mapping": arrays}
     split = {k: build(s)._table["split"].tolist() for k, s in sources.items()}
     split["frame"] = build(table, root=folder)._table["split"].tolist()
     assert len({tuple(s) for s in split.values()}) == 1, split
@@ -77,7 +78,8 @@ def test_every_source_gives_the_same_split(folder, table, tmp_path):
 def test_torchvision_datasets(folder):
     from torchvision.datasets import FakeData, ImageFolder
     dls = build(ImageFolder(folder))
-    assert list(dls.vocab) == CLASSES and isinstance(dls._table["item"][0], Path), "files are read by us, and so checked"
+    assert list(dls.vocab) == CLASSES and isinstance(dls._table["item"][0],
+                                                     Path), "files are read by us, and so checked"
     subset = torch.utils.data.Subset(ImageFolder(folder), [0, 1, 2, 8, 9, 10])
     assert list(build(subset).vocab) == ["cat", "dog"]
     assert build(FakeData(20, (3, 16, 16), 2)).one_batch()[0].shape == (4, 3, 16, 16)
@@ -179,14 +181,17 @@ def test_one_prediction_without_an_epoch_is_fastais(folder):
 
     from ftlib.train.learner import Learner
     dls = build(folder)
-    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * 16 * 16), nn.Dropout(), nn.Linear(3 * 16 * 16, 3)))
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * 16 * 16), nn.Dropout(),
+                                       nn.Linear(3 * 16 * 16, 3)))
     learn.fit(1, 1e-2)
     events = []
     for x in (folder / "cat/0.jpg", np.asarray(image(1).resize((40, 24)))):
         for with_input in (False, True):
             learn.model.train()
-            mine, theirs = learn.predict(x, with_input=with_input), FastaiLearner.predict(learn, x, with_input=with_input)
-            assert list(map(type, mine)) == list(map(type, theirs)) and str(mine[-3]) == str(theirs[-3]) and mine[-2] == theirs[-2]
+            mine, theirs = learn.predict(x, with_input=with_input), FastaiLearner.predict(learn, x,
+                with_input=with_input)
+            assert list(map(type, mine)) == list(map(type, theirs))
+            assert str(mine[-3]) == str(theirs[-3]) and mine[-2] == theirs[-2]
             assert torch.allclose(mine[-1], theirs[-1]) and (not with_input or torch.equal(mine[0], theirs[0]))
     learn.add_cb(Callback(after_pred=lambda cb: events.append(1)))
     learn.predict(folder / "cat/0.jpg")
@@ -215,7 +220,8 @@ def test_one_image_in_many_views(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastai.data.core.show_batch", lambda x, y, its, **kw: shown.append(x))
         dls.show_batch(unique=True)
-    assert len(shown[0]) == 4 and not any(torch.equal(shown[0][0], x) for x in shown[0][1:]), "each in a crop of its own"
+    assert len(shown[0]) == 4 and not any(torch.equal(shown[0][0], x)
+                                          for x in shown[0][1:]), "each in a crop of its own"
     dls.train.rng = random.Random(42)
     assert [y.tolist() for _, y in dls.train] == before, "Training continues with all images"
 
@@ -262,12 +268,16 @@ def test_decompression_bomb(folder):
 
 # ---- bad input: what came, what was wanted
 
-def one_class(folder, table): return (list(table["path"][:8]), ["cat"] * 8), dict(root=folder), "there is only one class, 'cat'"
-def no_label(folder, table): return table.assign(label=[None, *table["label"][1:]]), dict(root=folder), "1 of 24 images have no label"
-def blank_label(folder, table): return table.assign(label=[" ", *table["label"][1:]]), dict(root=folder), "have no label"
+def one_class(folder, table):
+    return (list(table["path"][:8]), ["cat"] * 8), dict(root=folder), "there is only one class, 'cat'"
+def no_label(folder, table):
+    return table.assign(label=[None, *table["label"][1:]]), dict(root=folder), "1 of 24 images have no label"
+def blank_label(folder, table):
+    return table.assign(label=[" ", *table["label"][1:]]), dict(root=folder), "have no label"
 def no_files(folder, table): return table, dict(root=folder / "cat"), r"none of the 24 images can be used.*root="
 def no_column(folder, table): return table, dict(label="labels"), "no column 'labels'.*Did you mean 'label'"
-def no_names(folder, table): return folder, dict(names={"cat": "Katze", "dog": "Hund"}), "names lacks 1 class \\('emu'\\)"
+def no_names(folder, table):
+    return folder, dict(names={"cat": "Katze", "dog": "Hund"}), "names lacks 1 class \\('emu'\\)"
 def no_folder(folder, table): return folder.parent / "pet", {}, "Did you mean 'pets'"
 def no_split(folder, table): return table.assign(split="trian"), dict(root=folder), "Did you mean 'train'"
 def only_valid(folder, table): return table.assign(split="valid"), dict(root=folder), "no training images"
@@ -283,11 +293,13 @@ def balance(folder, table): return folder, dict(balance="los"), "Did you mean 'l
 
 def unknown_label(folder, table):
     split = ["train"] * 23 + ["valid"]
-    return table.assign(split=split, label=[*table["label"][:23], "emus"]), dict(root=folder), "but not in train. Did you mean 'emu'"
+    return table.assign(split=split, label=[*table["label"][:23],
+                                            "emus"]), dict(root=folder), "but not in train. Did you mean 'emu'"
 
 
 @pytest.mark.parametrize("case", [
-    one_class, no_label, blank_label, no_files, no_column, no_names, no_folder, no_split, only_valid, odd_length, strange, size_0,
+    one_class, no_label, blank_label, no_files, no_column, no_names, no_folder, no_split, only_valid, odd_length,
+    strange, size_0,
     valid_low, valid_high, both_high, augment, balance, unknown_label], ids=lambda f: f.__name__)
 def test_bad_input(case, folder, table):
     source, kw, said = case(folder, table)
@@ -312,7 +324,8 @@ def test_class_with_one_image_and_split_without_a_class(folder, table):
     with pytest.warns(UserWarning, match="'fox'.*single image"): dls = build(folder)
     assert dls.summary().loc["fox", ["train", "valid"]].tolist() == [1, 0]
     split = ["valid" if i in (0, 8) else "train" for i in range(24)]
-    with pytest.warns(UserWarning, match="'emu'.*without an image in valid"): build(table.assign(split=split), root=folder)
+    with pytest.warns(UserWarning, match="'emu'.*without an image in valid"):
+        build(table.assign(split=split), root=folder)
 
 
 def test_names_from_json(folder, tmp_path):
@@ -342,17 +355,20 @@ def test_flowers_are_ready_soon(shared):
 def test_audits_of_real_sets(shared):
     cars = audit(shared / "cars20")
     exact = cars[cars["detail"].str.startswith("same pixels")]
-    assert (exact["problem"] == "different labels").all() and len(exact) == 3, "cars that are in two classes, one in train and one in valid"
+    assert (exact["problem"] == "different "
+            "labels").all() and len(exact) == 3, "cars that are in two classes, one in train and one in valid"
     assert not len(audit(shared / "ants_bees"))
 
 
-@pytest.mark.parametrize("where", [lambda n: [n], lambda n: [*aug_transforms(size=16), n], lambda n: [n, *aug_transforms(size=16)]])
+@pytest.mark.parametrize("where", [lambda n: [n], lambda n: [*aug_transforms(size=16), n],
+                                   lambda n: [n, *aug_transforms(size=16)]])
 def test_normalize_among_the_augmentations_is_for_all_splits(folder, where):
     normalize = Normalize.from_stats([.5] * 3, [.25] * 3)
     dls = image_data(folder, size=16, num_workers=0, augment=where(normalize), valid=.3, test=.2)
     plain = image_data(folder, size=16, num_workers=0, augment=[], valid=.3, test=.2)
     items = [o.source for o in dls.valid.items]
-    for a, b in ((dls.valid, plain.valid), (dls.test_dl(items), plain.test_dl(items)), (dls.held_out(), plain.held_out())):
+    for a, b in ((dls.valid, plain.valid), (dls.test_dl(items), plain.test_dl(items)),
+                 (dls.held_out(), plain.held_out())):
         assert torch.allclose(a.one_batch()[0], (b.one_batch()[0] - .5) / .25, atol=1e-5)
     assert dls.train.one_batch()[0].min() < -.5
 

@@ -45,25 +45,32 @@ def shipped(learn, tmp_path_factory): return learn.bundle(tmp_path_factory.mktem
 
 
 def test_the_learner_the_predictor_and_the_file_say_the_same(learn, shipped, photographs):
-    ours, again = predict_images(learn, photographs, top=2, progress=False), load_bundle(shipped).predict_images(photographs, top=2, bs=3, threads=1, progress=False)
-    assert ours.drop(columns="error").equals(again.drop(columns="error")) or np.allclose(ours.probability, again.probability, atol=1e-6)
+    ours, again = predict_images(learn, photographs, top=2,
+                                 progress=False), load_bundle(shipped).predict_images(photographs, top=2, bs=3,
+                                 threads=1, progress=False)
+    assert ours.drop(columns="error").equals(again.drop(columns="error")) or np.allclose(ours.probability,
+        again.probability, atol=1e-6)
     probs = learn.get_preds(dl=learn.dls.test_dl(ours.path.tolist()))[0]
-    assert np.allclose(ours.probability, probs.max(1).values, atol=1e-5) and ours["class"].tolist() == [learn.dls.vocab[i] for i in probs.argmax(1)]
+    assert np.allclose(ours.probability, probs.max(1).values,
+                       atol=1e-5) and ours["class"].tolist() == [learn.dls.vocab[i] for i in probs.argmax(1)]
 
 
 def test_asking_leaves_the_learner_as_it_was(learn, photographs):
     learn.model.train()
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     predict_images(learn, photographs, progress=False)
-    assert all(m.training for m in learn.model.head.modules()) and all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    assert all(m.training for m in learn.model.head.modules()) and all(torch.equal(v, before[k]) for k,
+        v in learn.model.state_dict().items())
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0 cut off", b"%!PS-Adobe-3.0 EPSF-3.0", bytes(1000)])
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0 cut off", b"%!PS-Adobe-3.0 EPSF-3.0",
+                                     bytes(1000)])
 def test_a_file_that_cannot_be_decoded_is_a_row(learn, photographs, tmp_path, content):
     (tmp_path / "broken.jpg").write_bytes(content)
     (tmp_path / "good.png").write_bytes((photographs / "red" / "0.png").read_bytes())
     table = predict_images(learn, tmp_path, progress=False)
-    assert table.error.notna().tolist() == [True, False] and table["class"].isna().tolist() == [True, False] and not table.unsure[0]
+    assert table.error.notna().tolist() == [True, False] and table["class"].isna().tolist() == [True,
+        False] and not table.unsure[0]
 
 
 def test_only_broken_files(learn, tmp_path):
@@ -73,7 +80,8 @@ def test_only_broken_files(learn, tmp_path):
 
 
 def test_more_classes(learn, shipped, photographs):
-    table = [dict(path=str(p), label=p.parent.name if i % 3 else "other") for i, p in enumerate(sorted(photographs.glob("*/*")))]
+    table = [dict(path=str(p), label=p.parent.name if i % 3 else "other") for i,
+             p in enumerate(sorted(photographs.glob("*/*")))]
     import pandas as pd
     dls = image_data(pd.DataFrame(table), size=16, bs=4, valid=.4, num_workers=0, seed=0)
     more = load_bundle(shipped).learner(dls)
@@ -81,7 +89,8 @@ def test_more_classes(learn, shipped, photographs):
     for name in ("red", "blue"):
         i, k = list(learn.dls.vocab).index(name), list(more.dls.vocab).index(name)
         assert torch.equal(old.weight[i], new.weight[k]) and torch.equal(old.bias[i], new.bias[k])
-    assert all(torch.equal(a, b) for a, b in zip(learn.model.body.parameters(), more.model.body.parameters())) and more.model.frozen == len(more.model.stages)
+    assert all(torch.equal(a, b) for a, b in zip(learn.model.body.parameters(), more.model.body.parameters()))
+    assert more.model.frozen == len(more.model.stages)
 
 
 # ---- files that are not to be trusted
@@ -123,7 +132,9 @@ def mutated(shipped, folder, count, seed):
         found = refused(folder / "changed.ftl")
         if found is None: continue
         loaded += 1
-        assert found.about == wanted.about and all(torch.equal(v, found.net.state_dict()[k]) for k, v in wanted.net.state_dict().items()), (n, MUTATIONS[n % len(MUTATIONS)])
+        assert found.about == wanted.about and all(torch.equal(v, found.net.state_dict()[k]) for k,
+                                                   v in wanted.net.state_dict().items()), (n,
+                                                   MUTATIONS[n % len(MUTATIONS)])
     return loaded
 
 
@@ -131,7 +142,8 @@ def test_changed_files(shipped, tmp_path): mutated(shipped, tmp_path, 210, 0)
 
 
 @pytest.mark.slow
-def test_ten_thousand_changed_files(shipped, tmp_path): print(mutated(shipped, tmp_path, 10_000, 1), "of 10,000 changed nothing that is read")
+def test_ten_thousand_changed_files(shipped, tmp_path):
+    print(mutated(shipped, tmp_path, 10_000, 1), "of 10,000 changed nothing that is read")
 
 
 def _of(about, **changes): return about | changes
@@ -139,11 +151,15 @@ def _of(about, **changes): return about | changes
 
 HOSTILE = {
     "an unknown builder": lambda a: _of(a, network=a["network"] | {"builder": "eval"}),
-    "an architecture that is code": lambda a: _of(a, network={"builder": "create_network", "arch": "__import__('os').system('true')", "n_out": 2, "n_in": 3}),
-    "an architecture that is a path": lambda a: _of(a, network={"builder": "create_network", "arch": "../../etc/passwd", "n_out": 2, "n_in": 3}),
-    "a hub": lambda a: _of(a, network={"builder": "create_network", "arch": "hf_hub:somebody/something", "n_out": 2, "n_in": 3}),
+    "an architecture that is code": lambda a: _of(a, network={"builder": "create_network",
+    "arch": "__import__('os').system('true')", "n_out": 2, "n_in": 3}),
+    "an architecture that is a path": lambda a: _of(a, network={"builder": "create_network", "arch": "../../etc/passwd",
+    "n_out": 2, "n_in": 3}),
+    "a hub": lambda a: _of(a, network={"builder": "create_network", "arch": "hf_hub:somebody/something", "n_out": 2,
+    "n_in": 3}),
     "an argument that is a file": lambda a: _of(a, network=a["network"] | {"weights": "/etc/passwd"}),
-    "a huge network": lambda a: _of(a, network=a["network"] | {"channels": [1_000_000, 1_000_000], "linear": [10_000_000]}),
+    "a huge network": lambda a: _of(a, network=a["network"] | {"channels": [1_000_000, 1_000_000],
+    "linear": [10_000_000]}),
     "another network": lambda a: _of(a, network={"builder": "create_network", "arch": "vgg19", "n_out": 2, "n_in": 3}),
     "texts for numbers": lambda a: _of(a, network=a["network"] | {"channels": ["16", "32"]}),
     "no classes": lambda a: _of(a, classes=[]),
@@ -183,11 +199,14 @@ def test_a_link_and_a_pipe(shipped, tmp_path):
     with pytest.raises(DeployError, match="regular"): load_bundle(tmp_path / "pipe.ftl")
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "timm:mobilenetv3_small_050", "timm:vit_tiny_patch16_224", "timm:convnext_atto"])
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "timm:mobilenetv3_small_050",
+                                  "timm:vit_tiny_patch16_224", "timm:convnext_atto"])
 def test_architectures_by_name(photographs, tmp_path, arch):
     "Built again from the file, an architecture gives the same answers to the bit"
     size = 224 if "vit" in arch else 64
     dls = image_data(photographs, size=size, bs=4, valid=.4, num_workers=0, seed=0)
     learn = vision_learner(dls, arch.removeprefix("timm:"), weights=None, metrics=accuracy, seed=0)
     found = load_bundle(learn.bundle(tmp_path / "net.ftl"))
-    assert as_predictor(learn).predict_images(photographs, top=2, progress=False).equals(found.predict_images(photographs, top=2, progress=False))
+    assert as_predictor(learn).predict_images(photographs, top=2,
+                                              progress=False).equals(found.predict_images(photographs, top=2,
+                                              progress=False))

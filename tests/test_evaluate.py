@@ -52,7 +52,8 @@ def test_figures_of_one_class_an_image(given):
         warnings.simplefilter("ignore")
         same(value["balanced accuracy"], sk.balanced_accuracy_score(targets, predicted))
         same(value["macro F1"], sk.f1_score(targets, predicted, average="macro"))
-        precision, recall, f1, images = sk.precision_recall_fscore_support(targets, predicted, labels=every, zero_division=np.nan)
+        precision, recall, f1, images = sk.precision_recall_fscore_support(targets, predicted, labels=every,
+            zero_division=np.nan)
     same(value["loss"], sk.log_loss(targets, probs, labels=every))
     same(value["Brier"], sk.brier_score_loss(targets, probs, labels=every, scale_by_half=False))
     same(value["ECE"], tm.multiclass_calibration_error(torch.tensor(probs), torch.tensor(targets), c, n_bins=15))
@@ -75,7 +76,8 @@ def test_intervals_of_shares_and_means(given, level):
     low, high = DescrStatsW(losses).tconfint_mean(1 - level)
     same(report.table.loc["loss", ["low", "high"]], [max(low, 0), high])  # a loss is never below 0
     table = report.per_class[report.per_class.images > 0]
-    same(table[["recall low", "recall high"]].to_numpy().T, proportion_confint(table.right, table.images, 1 - level, "wilson"))
+    same(table[["recall low", "recall "
+                "high"]].to_numpy().T, proportion_confint(table.right, table.images, 1 - level, "wilson"))
 
 
 @MANY
@@ -89,7 +91,8 @@ def test_mistakes_and_confusions(given):
     same(errors.loss, -np.log(errors["p_label"].astype(float)))
     for row in report.per_class.to_dict("records"):
         others = report.confusion.loc[row["class"]].drop(row["class"])
-        assert row["n_confused"] == others.max() and (not row["n_confused"] or others[row["confused with"]] == others.max())
+        assert row["n_confused"] == others.max() and (not row["n_confused"]
+                                                      or others[row["confused with"]] == others.max())
 
 
 @MANY
@@ -117,7 +120,8 @@ def test_figures_of_any_number_of_classes(given):
         same(value["micro F1"], sk.f1_score(targets, predicted, average="micro"))
     same(value["loss"], np.mean([sk.log_loss(t, p, labels=[0, 1]) for t, p in zip(targets.T, probs.T, strict=True)]))
     same(value["Brier"], np.mean((probs - targets) ** 2))
-    same(value["ECE"], tm.binary_calibration_error(torch.tensor(probs.ravel()), torch.tensor(targets.ravel()), n_bins=15))
+    same(value["ECE"], tm.binary_calibration_error(torch.tensor(probs.ravel()), torch.tensor(targets.ravel()),
+                                                   n_bins=15))
     same(report.confusion.to_numpy().reshape(-1, 2, 2), sk.multilabel_confusion_matrix(targets, predicted))
     for row, t, p in zip(report.per_class.to_dict("records"), targets.T, probs.T, strict=True):
         assert np.isnan(row["AP"]) if not t.any() else np.isclose(row["AP"], sk.average_precision_score(t, p))

@@ -30,12 +30,16 @@ def cifar(n):
 
 
 FILES = {
-    "ants_bees": {f"hymenoptera_data/{s}/{c}/{i}.jpg": jpeg(i) for s in ("train", "val") for c in ("ants", "bees") for i in range(3)},
-    "flowers": {f"flower_photos/{c}/{i}.jpg": jpeg(i) for c in ("daisy", "roses") for i in range(10)} | {"flower_photos/LICENSE.txt": b"CC BY"},
+    "ants_bees": {f"hymenoptera_data/{s}/{c}/{i}.jpg": jpeg(i) for s in ("train", "val") for c in ("ants", "bees")
+    for i in range(3)},
+    "flowers": {f"flower_photos/{c}/{i}.jpg": jpeg(i) for c in ("daisy", "roses")
+    for i in range(10)} | {"flower_photos/LICENSE.txt": b"CC BY"},
     "pets": {f"images/{b}_{i}.jpg": jpeg(i) for b in (*examples.BREEDS, "Birman") for i in range(1, 9)},
-    "cifar10": {"cifar-10-batches-bin/batches.meta.txt": b"airplane\nship\n", "cifar-10-batches-bin/data_batch_1.bin": cifar(8), "cifar-10-batches-bin/test_batch.bin": cifar(4)},
+    "cifar10": {"cifar-10-batches-bin/batches.meta.txt": b"airplane\nship\n",
+    "cifar-10-batches-bin/data_batch_1.bin": cifar(8), "cifar-10-batches-bin/test_batch.bin": cifar(4)},
 }
-CLASSES = {"ants_bees": ["ants", "bees"], "flowers": ["daisy", "roses"], "pets": sorted(examples.BREEDS), "cifar10": ["airplane", "ship"]}
+CLASSES = {"ants_bees": ["ants", "bees"], "flowers": ["daisy", "roses"], "pets": sorted(examples.BREEDS),
+           "cifar10": ["airplane", "ship"]}
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -66,7 +70,8 @@ def published(tmp_path, monkeypatch):
                     info = tarfile.TarInfo(inside)
                     info.size = len(content)
                     f.addfile(info, io.BytesIO(content))
-        changed[name] = replace(examples.EXAMPLES[name], url=f"http://127.0.0.1:{server.server_port}/{name}", sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        changed[name] = replace(examples.EXAMPLES[name], url=f"http://127.0.0.1:{server.server_port}/{name}",
+                                sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setattr(examples, "EXAMPLES", changed)
     monkeypatch.setenv("FTLIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FTLIB_DATA", raising=False)
@@ -84,7 +89,8 @@ def test_downloaded_once_and_trained_on(published, name, tmp_path):
     assert sorted(p.name for p in folder.parent.iterdir()) == [name], "nothing else is left behind"
 
 
-@pytest.mark.parametrize("name,n_train,n_valid", [("pets", 18, 6), ("flowers", 16, 4), ("cifar10", 8, 4), ("ants_bees", 6, 6)])
+@pytest.mark.parametrize("name,n_train,n_valid", [("pets", 18, 6), ("flowers", 16, 4), ("cifar10", 8, 4),
+                                                  ("ants_bees", 6, 6)])
 def test_each_has_a_split(published, name, n_train, n_valid):
     dls = image_data(examples.example_data(name), size=8, bs=2, num_workers=0)
     assert (dls.train.n, dls.valid.n) == (n_train, n_valid)

@@ -57,7 +57,8 @@ else:
 
 
 def start(script, *args):
-    return subprocess.Popen([sys.executable, "-W", "ignore", script, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, "-W", "ignore", script, *map(str, args)], stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -111,7 +112,8 @@ def way(seed):
 
 def made_up(way, seed, on):
     CALLS.append(seed)
-    return dict(probs=np.eye(2, dtype="float32"), targets=np.array([0, 1]), classes=["a", "b"], files=["x", "y"], seconds=1., bytes=1, parameters=1, trainable=1, epochs=1,
+    return dict(probs=np.eye(2, dtype="float32"), targets=np.array([0, 1]), classes=["a", "b"], files=["x", "y"],
+    seconds=1., bytes=1, parameters=1, trainable=1, epochs=1,
                 best_epoch=1, images_per_second=1., history={"valid_loss": [1.]})
 
 
@@ -139,7 +141,9 @@ class Setting: rate = 1
 def reaching(seed): return helper() * Setting.rate
 
 
-@pytest.mark.parametrize("change", [lambda m: m.setitem(globals(), "RATE", 2), lambda m: m.setitem(globals(), "helper", lambda: 3), lambda m: m.setattr(Setting, "rate", 2)])
+@pytest.mark.parametrize("change", [lambda m: m.setitem(globals(), "RATE", 2),
+                                    lambda m: m.setitem(globals(), "helper", lambda: 3),
+                                    lambda m: m.setattr(Setting, "rate", 2)])
 def test_a_run_belongs_to_all_that_its_function_reaches(tmp_path, monkeypatch, change):
     monkeypatch.setattr("ftlib.experiment.compare.execute_run", made_up)
     CALLS.clear()

@@ -1,7 +1,10 @@
-"""Every public operation, interrupted at every event, by a full disk and without memory; and a long run of operations in random order.
+"""Every public operation, interrupted at every event, by a full disk and without memory; and a long run of operations
+in random order.
 
-What is asked afterwards: an operation that looks leaves everything as it was; one that trains leaves a learner that is whole, with the history of
-the epochs that were completed; no callback, hook, gradient, session, lock, thread, process, descriptor, figure or unfinished file is left.
+What is asked afterwards: an operation that looks leaves everything as it was; one that trains leaves a learner that is
+whole, with the history of
+the epochs that were completed; no callback, hook, gradient, session, lock, thread, process, descriptor, figure or
+unfinished file is left.
 """
 
 import errno
@@ -20,7 +23,9 @@ import pytest
 import torch
 from fastai.callback.core import Callback, event
 
-from ftlib import Checkpoint, EarlyStopping, RecoverFromNaN, ReduceLROnPlateau, SaveModelCallback, accuracy, cnn, image_data, load_checkpoint, load_learner, vision_learner
+from ftlib import (
+    Checkpoint, EarlyStopping, RecoverFromNaN, ReduceLROnPlateau, SaveModelCallback, accuracy, cnn, image_data,
+    load_checkpoint, load_learner, vision_learner)
 from ftlib.persist.transaction import optimizer_state, random_states
 
 rng = np.random.default_rng(0)
@@ -41,7 +46,8 @@ def data():
 def learner(folder, frozen=0, seed=None):
     "One epoch was trained, so that there is an optimizer state and a history"
     torch.manual_seed(0)
-    learn = vision_learner(data(), cnn(data(), channels=(4, 4), linear=(8,)), metrics=accuracy, precision="fp32", path=folder, seed=seed)
+    learn = vision_learner(data(), cnn(data(), channels=(4, 4), linear=(8,)), metrics=accuracy, precision="fp32",
+                           path=folder, seed=seed)
     learn.freeze_to(frozen)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     learn.model.eval()
@@ -50,14 +56,19 @@ def learner(folder, frozen=0, seed=None):
 
 IMAGE = np.full((20, 20, 3), 90, dtype="uint8")
 TRAIN = dict(fit=lambda learn: learn.fit(2, 1e-3),
-             fit_one_cycle=lambda learn: learn.fit_one_cycle(2, 1e-3, cbs=[EarlyStopping(patience=1), ReduceLROnPlateau(), RecoverFromNaN(check_every=1)]),
+             fit_one_cycle=lambda learn: learn.fit_one_cycle(2, 1e-3,
+             cbs=[EarlyStopping(patience=1), ReduceLROnPlateau(), RecoverFromNaN(check_every=1)]),
              fine_tune=lambda learn: learn.fine_tune(1, freeze_epochs=1),
              fastais_fine_tune=lambda learn: learn.fine_tune(1, 1e-3),
-             checkpoint=lambda learn: learn.fit(2, 1e-3, checkpoint=Checkpoint(learn.path / f"checkpoints{time.monotonic_ns()}", every=2)),
+             checkpoint=lambda learn: learn.fit(2, 1e-3,
+             checkpoint=Checkpoint(learn.path / f"checkpoints{time.monotonic_ns()}", every=2)),
              save_best=lambda learn: learn.fit(2, 1e-3, cbs=SaveModelCallback()))
-LOOK = dict(lr_find=lambda learn: learn.lr_find(num_it=12, show_plot=False), validate=lambda learn: learn.validate(), get_preds=lambda learn: learn.get_preds(),
-            get_preds_with_loss=lambda learn: learn.get_preds(with_input=True, with_loss=True), predict=lambda learn: learn.predict(IMAGE), evaluate=lambda learn: learn.evaluate(),
-            summary=lambda learn: learn.summary(), save=lambda learn: learn.save("weights"), export=lambda learn: learn.export("whole.pkl"))
+LOOK = dict(lr_find=lambda learn: learn.lr_find(num_it=12, show_plot=False), validate=lambda learn: learn.validate(),
+get_preds=lambda learn: learn.get_preds(),
+            get_preds_with_loss=lambda learn: learn.get_preds(with_input=True, with_loss=True),
+            predict=lambda learn: learn.predict(IMAGE), evaluate=lambda learn: learn.evaluate(),
+            summary=lambda learn: learn.summary(), save=lambda learn: learn.save("weights"),
+            export=lambda learn: learn.export("whole.pkl"))
 NO_TRACE = "lr_find", "summary", "save", "export"  # these keep the random states, too
 
 
@@ -78,16 +89,21 @@ def quiet(learn, operation):
 
 def state(learn):
     "What an operation that looks must not change"
-    return dict(weights=[p.detach().clone() for p in learn.model.state_dict().values()], opt=optimizer_state(learn.opt), modes=[m.training for m in learn.model.modules()],
-                wants=[p.requires_grad for p in learn.model.parameters()], history=learn.history.to_dict("records"), steps=len(learn.epoch_log.step_rows),
-                frozen=learn.model.frozen, recorder=[list(map(float, learn.recorder.lrs)), len(learn.recorder.values)], attributes=sorted(k for k in vars(learn) if k not in ("_listeners",)))
+    return dict(weights=[p.detach().clone() for p in learn.model.state_dict().values()], opt=optimizer_state(learn.opt),
+    modes=[m.training for m in learn.model.modules()],
+                wants=[p.requires_grad for p in learn.model.parameters()], history=learn.history.to_dict("records"),
+                steps=len(learn.epoch_log.step_rows),
+                frozen=learn.model.frozen, recorder=[list(map(float, learn.recorder.lrs)), len(learn.recorder.values)],
+                attributes=sorted(k for k in vars(learn) if k not in ("_listeners",)))
 
 
 def process():
     "Threads, descriptors, processes, figures"
     import matplotlib.pyplot as plt
     gc.collect()
-    return dict(threads=threading.active_count(), processes=len(multiprocessing.active_children()), descriptors=len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0, figures=len(plt.get_fignums()))
+    return dict(threads=threading.active_count(), processes=len(multiprocessing.active_children()),
+                descriptors=len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
+                figures=len(plt.get_fignums()))
 
 
 def same(a, b):
@@ -101,27 +117,32 @@ def same(a, b):
 def changed(before, learn):
     "The names of what an operation has changed"
     now = state(learn)
-    return [f"{k}: {set(before[k]) ^ set(now[k])}" if k == "attributes" else k for k in before if not same(before[k], now[k])]
+    return [f"{k}: {set(before[k]) ^ set(now[k])}" if k == "attributes" else k for k in before
+            if not same(before[k], now[k])]
 
 
 def check_whole(learn, cbs, before):
     "What holds after every operation, however it ended"
     assert list(learn.cbs) == cbs and all(cb.learn is learn for cb in cbs), "a callback is left, or one is gone"
     assert learn.dls is data() and learn.features is None
-    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in learn.model.modules()), "a hook is left"
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+                   for m in learn.model.modules()), "a hook is left"
     assert learn._fit_plan == (0, None, None) and not learn.lock.trains
     free = []
-    thread = threading.Thread(target=lambda: free.append(learn.lock.lock.acquire(timeout=1)) or free[0] and learn.lock.lock.release())
+    thread = threading.Thread(target=lambda: free.append(learn.lock.lock.acquire(timeout=1)) or free[0]
+                              and learn.lock.lock.release())
     thread.start(); thread.join()
     assert free == [True], "the lock is held"
     assert all(torch.isfinite(p).all() for p in learn.model.state_dict().values())
     assert all(type(h["lr"]) is float for h in learn.opt.hypers)
     assert not list(Path(learn.path).rglob("*.new")), "an unfinished file is left"
     rows = learn.history
-    assert (rows.groupby("phase").epoch.apply(list).map(lambda e: e == list(range(len(e))))).all() and rows.valid_loss.notna().all()
-    assert len(learn.epoch_log.step_rows) == 3 * len(rows), "steps of an epoch that was not completed are in the history"
+    assert (rows.groupby("phase").epoch.apply(list).map(lambda e: e == list(range(len(e))))).all()
+    assert rows.valid_loss.notna().all()
+    assert len(learn.epoch_log.step_rows) == 3 * len(rows), "the history has steps of an unfinished epoch"
     after = process()
-    assert after["threads"] <= before["threads"] and after["processes"] <= before["processes"] and after["descriptors"] <= before["descriptors"] + 2 and after["figures"] <= before["figures"]
+    assert after["threads"] <= before["threads"] and after["processes"] <= before["processes"]
+    assert after["descriptors"] <= before["descriptors"] + 2 and after["figures"] <= before["figures"]
 
 
 def interrupt(folder, name, frozen, what, at, error):
@@ -162,12 +183,14 @@ def at_every_place(folder, name, frozen, what, most):
     "Interrupt at the first, the last and a middle occurrence of an event, by each kind of error"
     n = places(folder, name, frozen).get(what, 0)
     for i, at in enumerate(sorted({1, n, (n + 1) // 2})[:most] if n else ()):
-        for error in (Bang("stop"), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory"))[i % 3 if most < 3 else 0:][:1 if most < 3 else 3]:
+        for error in (Bang("stop"), KeyboardInterrupt(), torch.OutOfMemoryError("out of "
+            "memory"))[i % 3 if most < 3 else 0:][:1 if most < 3 else 3]:
             interrupt(folder, name, frozen, what, at, error)
 
 
 @pytest.mark.parametrize("name, frozen, what", QUICK, ids=str)
-def test_an_interrupted_operation_leaves_the_learner_whole(tmp_path, name, frozen, what): at_every_place(tmp_path, name, frozen, what, 1)
+def test_an_interrupted_operation_leaves_the_learner_whole(tmp_path, name, frozen, what):
+    at_every_place(tmp_path, name, frozen, what, 1)
 
 
 @pytest.mark.slow
@@ -178,7 +201,8 @@ def test_an_interruption_at_every_event(tmp_path, name, frozen, what): at_every_
 # ---- the disk is full
 
 WRITES = dict(save=LOOK["save"], export=LOOK["export"], checkpoint=TRAIN["checkpoint"], save_best=TRAIN["save_best"],
-              bundle=lambda learn: learn.bundle(learn.path / "model.ftl"), report=lambda learn: learn.evaluate().save(learn.path / "report"))
+              bundle=lambda learn: learn.bundle(learn.path / "model.ftl"),
+              report=lambda learn: learn.evaluate().save(learn.path / "report"))
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -187,7 +211,8 @@ def test_a_full_disk_leaves_the_learner_and_the_files_whole(tmp_path, monkeypatc
     "The n-th file cannot be written: what was there is there still, and a training goes on"
     learn = learner(tmp_path, 1)
     quiet(learn, WRITES[name])
-    there = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "checkpoints" not in str(p) and "report" not in str(p)}
+    there = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "checkpoints" not in str(p)
+             and "report" not in str(p)}
     cbs, plain, before, calls = list(learn.cbs), state(learn), process(), []
     def full(*args, _fsync=os.fsync):
         calls.append(args)
@@ -196,7 +221,8 @@ def test_a_full_disk_leaves_the_learner_and_the_files_whole(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", full)
     try: quiet(learn, WRITES[name])
     except OSError as e:
-        assert e.errno == errno.ENOSPC and name not in ("checkpoint", "save_best"), "a training ended, which could go on"
+        assert e.errno == errno.ENOSPC and name not in ("checkpoint",
+                                                        "save_best"), "a training ended, which could go on"
         del e
         assert all(p.read_bytes() == content for p, content in there.items()), "a file that was there is another now"
     monkeypatch.undo()
@@ -207,10 +233,15 @@ def test_a_full_disk_leaves_the_learner_and_the_files_whole(tmp_path, monkeypatc
 
 # ---- many operations
 
-OPERATIONS = {**TRAIN, **LOOK, "freeze": lambda learn: learn.freeze(), "unfreeze": lambda learn: learn.unfreeze(), "freeze_to": lambda learn: learn.freeze_to(random.randrange(3)),
-              "load": lambda learn: learn.load("weights") if (learn.path / "models/weights.pth").exists() else None, "table": lambda learn: learn.groups_table(),
-              "plot": lambda learn: learn.plot_history().clear(), "load_learner": lambda learn: load_learner(learn.path / "whole.pkl").predict(IMAGE) if (learn.path / "whole.pkl").exists() else None,
-              "restore": lambda learn: load_checkpoint(learn, max(learn.path.glob("checkpoints*"))) if list(learn.path.glob("checkpoints*")) else None}
+OPERATIONS = {**TRAIN, **LOOK, "freeze": lambda learn: learn.freeze(), "unfreeze": lambda learn: learn.unfreeze(),
+"freeze_to": lambda learn: learn.freeze_to(random.randrange(3)),
+              "load": lambda learn: learn.load("weights") if (learn.path / "models/weights.pth").exists() else None,
+              "table": lambda learn: learn.groups_table(),
+              "plot": lambda learn: learn.plot_history().clear(),
+              "load_learner": lambda learn: load_learner(learn.path / "whole.pkl").predict(IMAGE)
+              if (learn.path / "whole.pkl").exists() else None,
+              "restore": lambda learn: load_checkpoint(learn, max(learn.path.glob("checkpoints*")))
+              if list(learn.path.glob("checkpoints*")) else None}
 
 
 def memory():
@@ -219,7 +250,8 @@ def memory():
 
 
 def soak(folder, n, seed=0):
-    "`n` operations in random order, a third of them interrupted; everything is checked after each. Gives how often each was done"
+    """`n` operations in random order, a third of them interrupted; everything is checked after each. Gives how often
+    each was done"""
     import matplotlib.pyplot as plt
     draw, learn, done, used = random.Random(seed), learner(folder, 1), {}, []
     quiet(learn, LOOK["evaluate"])
@@ -227,7 +259,8 @@ def soak(folder, n, seed=0):
     cbs, before = list(learn.cbs), process()
     for i in range(n):
         name = draw.choice(sorted(OPERATIONS))
-        bomb = Bomb(draw.choice(EVENTS), draw.randint(1, 4), draw.choice([Bang, KeyboardInterrupt])()) if draw.random() < .33 else None
+        bomb = Bomb(draw.choice(EVENTS), draw.randint(1, 4),
+                    draw.choice([Bang, KeyboardInterrupt])()) if draw.random() < .33 else None
         plain = state(learn) if name in LOOK else None
         if bomb is not None: learn.add_cb(bomb)
         try: quiet(learn, OPERATIONS[name])
@@ -238,16 +271,20 @@ def soak(folder, n, seed=0):
         try:
             check_whole(learn, cbs, before)
             assert plain is None or not changed(plain, learn)
-        except AssertionError as e: raise AssertionError(f"operation {i} of seed {seed}, {name}{f', stopped at {bomb.what}' if bomb else ''}: {e}") from e
+        except AssertionError as e:
+            raise AssertionError(f"operation {i} of seed {seed}, {name}{f', stopped at {bomb.what}' if bomb else ''}: "
+                                 f"{e}") from e
         for old in sorted(folder.glob("checkpoints*"))[:-2]:
             for p in old.iterdir(): p.unlink()
             old.rmdir()
-        if len(learn.history) > 60: learn.epoch_log.rows, learn.epoch_log.step_rows = learn.epoch_log.rows[-3:], learn.epoch_log.step_rows[-9:]
+        if len(learn.history) > 60:
+            learn.epoch_log.rows, learn.epoch_log.step_rows = learn.epoch_log.rows[-3:], learn.epoch_log.step_rows[-9:]
         done[name] = done.get(name, 0) + 1
         if i >= n // 4: used.append(memory())
     if len(used) >= 100:
         third = len(used) // 3
-        assert np.median(used[-third:]) < np.median(used[:third]) * 1.05 + 20e6, f"memory grew from {np.median(used[:third]) / 1e6:.0f} to {np.median(used[-third:]) / 1e6:.0f} MB"
+        first, last = np.median(used[:third]), np.median(used[-third:])
+        assert last < first * 1.05 + 20e6, f"memory grew from {first / 1e6:.0f} to {last / 1e6:.0f} MB"
     return done
 
 

@@ -1,4 +1,5 @@
-"""What a folder of images may hold besides images: links, other splits, other formats, pipes. Nothing is dropped, doubled or run in silence."""
+"""What a folder of images may hold besides images: links, other splits, other formats, pipes. Nothing is dropped,
+doubled or run in silence."""
 
 import os
 import subprocess
@@ -19,7 +20,8 @@ def classes(folder, *names, n=5):
     rng = np.random.default_rng(0)
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(n): Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
     return folder
 
 
@@ -66,7 +68,9 @@ def test_links_to_elsewhere_are_followed(tmp_path):
 
 # ---- splits
 
-@pytest.mark.parametrize("name,meant", [("eval", "valid"), ("validate", "valid"), ("val_set", "valid"), ("test_set", "test"), ("testset", "test"), ("holdout", "test"), ("train2", "train")])
+@pytest.mark.parametrize("name,meant", [("eval", "valid"), ("validate", "valid"), ("val_set", "valid"),
+                                        ("test_set", "test"), ("testset", "test"), ("holdout", "test"),
+                                        ("train2", "train")])
 def test_a_folder_like_a_split_is_not_ignored(tmp_path, name, meant):
     for split in ("train", name): classes(tmp_path / split, "a", "b")
     with pytest.raises(DataError, match=f"{name}.*Did you mean '{meant}'"): read_source(tmp_path)
@@ -90,7 +94,8 @@ def test_other_endings_are_told(tmp_path):
     classes(tmp_path, "a", "b")
     for i in range(7): (tmp_path / "a" / f"{i}.heic").write_bytes(b"\0" * 99)
     for i in range(3): Image.new("RGB", (9, 9)).save(tmp_path / "b" / f"image{i}", "PNG")
-    with pytest.warns(UserWarning, match=r"10 files are left out.*7 with \.heic, 3 with no ending"): found = counts(tmp_path)
+    with pytest.warns(UserWarning, match=r"10 files are left out.*7 with \.heic, 3 with no ending"):
+        found = counts(tmp_path)
     assert found == {"a": 5, "b": 5}
 
 
@@ -120,7 +125,8 @@ def test_images_alone_say_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["cat.jpg", "cat.eps", "cat.png"])
 def test_a_drawing_runs_no_program(tmp_path, monkeypatch, name):
-    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n{ } loop\n%%EOF\n")
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n{ } "
+                                  b"loop\n%%EOF\n")
     def run(*args, **kwargs): raise AssertionError("a program was run")
     monkeypatch.setattr(subprocess, "Popen", run)
     assert check_file(tmp_path / name)[0] == "not an image"

@@ -29,7 +29,8 @@ learn = vision_learner(dls, cnn(dls, (4, 8), linear=(8,)), metrics=accuracy, see
 learn.push_to_hub("me/flowers", token="hf_x", author="me")
 again = load_bundle("hub:me/flowers")
 assert again.about["author"] == "me"
-assert again.predict_images(images, top=2, progress=False).equals(as_predictor(learn).predict_images(images, top=2, progress=False))
+expected = as_predictor(learn).predict_images(images, top=2, progress=False)
+assert again.predict_images(images, top=2, progress=False).equals(expected)
 for name in "me/absent", "me/pickle":
     try: load_bundle(f"hub:{name}")
     except DeployError as e: print(name, e)
@@ -54,17 +55,22 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append((self.path, self.headers.get("Authorization")))
         there, parts = f"http://{self.headers['Host']}", self.path.split("/")
         if self.path == "/api/repos/create": found = {"url": f"{there}/me/flowers", "name": "me/flowers"}
-        elif "preupload" in parts: found = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
+        elif "preupload" in parts:
+            found = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                               for f in json.loads(body)["files"]]}
         elif "commit" in parts:
             for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file": self.files["/".join(parts[3:5]), line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "file":
+                    self.files["/".join(parts[3:5]), line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             found = {"commitUrl": f"{there}/me/flowers/commit/1", "commitOid": "1" * 40, "success": True}
         else: found = {}
         self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
 
     def do_GET(self):
         parts = self.path.split("?")[0].split("/")
-        if "resolve" not in parts: return self.answer(200, json.dumps({"id": "me/flowers", "sha": "1" * 40, "siblings": []}).encode(), Content_Type="application/json")
+        if "resolve" not in parts:
+            return self.answer(200, json.dumps({"id": "me/flowers", "sha": "1" * 40, "siblings": []}).encode(),
+                               Content_Type="application/json")
         content = self.files.get(("/".join(parts[1:3]), parts[-1]))
         if content is None: return self.answer(404, X_Error_Code="RepoNotFound")
         self.answer(200, content, ETag=f'"{sha1(content).hexdigest()}"', X_Repo_Commit="1" * 40)
@@ -76,8 +82,10 @@ def test_there_and_back(root, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        env = {**os.environ, "PYTHONPATH": str(root), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        env = {**os.environ, "PYTHONPATH": str(root), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+               "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], env=env, capture_output=True, text=True,
+                              cwd=tmp_path, timeout=300)
     finally: server.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("me/flowers", "model.ftl") in Hub.files and b"library_name: ftlib" in Hub.files["me/flowers", "README.md"]

@@ -124,7 +124,8 @@ def check(learn, start):
         assert history.notna().all(axis=None) and not history.duplicated(["phase", "epoch"]).any()
         reached = learn.validate()[1]
         # the head's weights come back where those of the whole network were not better beyond noise
-        assert reached in (pytest.approx(history.accuracy.max()), pytest.approx(history[history.phase == 1].accuracy.max()))
+        assert reached in (pytest.approx(history.accuracy.max()),
+                           pytest.approx(history[history.phase == 1].accuracy.max()))
     assert default() and learn.opt is not None and learn.cache is True and learn.features is None
     rows = len(learn.history)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
@@ -161,7 +162,8 @@ def test_two_hundred_interruptions(make): assert interrupted(make, 200, 1) > 100
 
 @pytest.mark.parametrize("better", [False, True])
 def test_the_comparison_decides_which_weights_stay(make, monkeypatch, better):
-    "One epoch of the head, so that the whole network has the lower loss: its weights stay only where the comparison says that they are better"
+    """One epoch of the head, so that the whole network has the lower loss: its weights stay only where the comparison
+    says that they are better"""
     judged = []
     def judge(learn): judged.append([v.clone() for v in learn.model.state_dict().values()])
     monkeypatch.setattr("ftlib.train.fine_tune.judge", lambda learn: judge(learn) or "judged")

@@ -34,7 +34,8 @@ NAMES = ["=1+1", "+cmd|' /C calc'!A0", "$x^^2$"]
 
 def data(**kwargs):
     at = np.flatnonzero(LABELS < 3)[:90]
-    return image_data({"image": IMAGES[at], "label": [NAMES[d] for d in LABELS[at]]}, **dict(size=16, bs=16, num_workers=0, augment=None) | kwargs)
+    return image_data({"image": IMAGES[at], "label": [NAMES[d] for d in LABELS[at]]},
+                      **dict(size=16, bs=16, num_workers=0, augment=None) | kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def quiet(learn, f):
     with learn.no_bar(), learn.no_logging(): return f()
 
 
-@pytest.mark.parametrize("ask", [lambda l, dl: l.get_preds(dl=dl)[0], lambda l, dl: torch.tensor(l.evaluate(dl).probs), lambda l, dl: torch.tensor(l.validate(dl=dl)[:1])])
+@pytest.mark.parametrize("ask", [lambda l, dl: l.get_preds(dl=dl)[0], lambda l, dl: torch.tensor(l.evaluate(dl).probs),
+                                 lambda l, dl: torch.tensor(l.validate(dl=dl)[:1])])
 def test_threads_get_the_answers_of_one_thread(dls, ask):
     learn = tiny(dls)
     items, n = list(dls.train.items), len(learn.cbs)
@@ -100,7 +102,8 @@ def test_what_follows_validation_needs_some():
     none = data(valid=0)
     for cb in (EarlyStopping("accuracy"), ReduceLROnPlateau(), SaveModelCallback()):
         learn = tiny(none)
-        with pytest.raises(ValueError, match="no validation images"): quiet(learn, lambda cb=cb, learn=learn: learn.fit(1, 1e-3, cbs=cb))
+        with pytest.raises(ValueError, match="no validation images"):
+            quiet(learn, lambda cb=cb, learn=learn: learn.fit(1, 1e-3, cbs=cb))
         assert not len(learn.history)
     with pytest.raises(TrainError, match="no validation images"): tiny(none).get_preds()
 
@@ -111,8 +114,10 @@ def test_a_training_without_validation_is_kept(tmp_path):
     assert len(learn.history) == 2
 
 
-WRONG = {"n_cycles": lambda l: l.fit_sgdr(0, 1), "div=0": lambda l: l.fit_one_cycle(1, 1e-3, div=0), "moms=": lambda l: l.fit_one_cycle(1, 1e-3, moms=.9), "num_it": lambda l: l.lr_find(num_it=10.5),
-         "patience": lambda l: EarlyStopping(patience="a"), "names no folder": lambda l: l.fit(1, 1e-3, checkpoint=""), "learning rate": lambda l: l.fit(1, True)}
+WRONG = {"n_cycles": lambda l: l.fit_sgdr(0, 1), "div=0": lambda l: l.fit_one_cycle(1, 1e-3, div=0),
+"moms=": lambda l: l.fit_one_cycle(1, 1e-3, moms=.9), "num_it": lambda l: l.lr_find(num_it=10.5),
+         "patience": lambda l: EarlyStopping(patience="a"), "names no folder": lambda l: l.fit(1, 1e-3, checkpoint=""),
+         "learning rate": lambda l: l.fit(1, True)}
 
 
 @pytest.mark.parametrize("said", WRONG)
@@ -149,7 +154,9 @@ def test_a_lookahead_optimizer_is_put_back(dls):
     quiet(learn, lambda: learn.fit(1, 1e-2))
     count, slow = learn.opt.count, [p.clone() for g in learn.opt.slow_weights for p in g]
     quiet(learn, lambda: learn.lr_find(num_it=10))
-    assert learn.opt.count == count and all(map(torch.equal, slow, [p for g in learn.opt.slow_weights for p in g])) and not plt.get_fignums()
+    assert learn.opt.count == count and all(map(torch.equal, slow,
+                                                [p for g in learn.opt.slow_weights
+                                                for p in g])) and not plt.get_fignums()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
@@ -164,4 +171,5 @@ def test_a_folder_of_images_can_be_predicted(dls, tmp_path):
     from PIL import Image
     for i in range(3): Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
     learn = tiny(dls)
-    assert len(learn.get_preds(dl=dls.test_dl(tmp_path))[0]) == 3 and len(learn.get_preds(dl=dls.test_dl(str(tmp_path / "0.png")))[0]) == 1
+    assert len(learn.get_preds(dl=dls.test_dl(tmp_path))[0]) == 3
+    assert len(learn.get_preds(dl=dls.test_dl(str(tmp_path / "0.png")))[0]) == 1

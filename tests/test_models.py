@@ -38,7 +38,8 @@ SLOW = {"sequencer"}
 
 
 class WithoutMemory(TorchFunctionMode):
-    "Weights go to the meta device; what a network computes while it is built (regnet's widths, our mean and std) stays real"
+    """Weights go to the meta device; what a network computes while it is built (regnet's widths, our mean and std)
+    stays real"""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in (torch.empty, torch.zeros, torch.ones): kwargs.setdefault("device", "meta")
@@ -51,7 +52,8 @@ def problems(arch, mean, std, groups=3):
     held = [id(p) for g in net.groups() for p in g]
     if sorted(held) != sorted(id(p) for p in net.parameters()): yield "parameters that are not in exactly one group"
     if len(net.groups()) < groups: yield f"only {net.group_names()}"
-    if not torch.allclose(net.mean.flatten(), torch.tensor(mean)): yield f"mean {net.mean.flatten().tolist()}, not {mean}"
+    if not torch.allclose(net.mean.flatten(), torch.tensor(mean)):
+        yield f"mean {net.mean.flatten().tolist()}, not {mean}"
     if not torch.allclose(net.std.flatten(), torch.tensor(std)): yield f"std {net.std.flatten().tolist()}, not {std}"
     net.to("meta").freeze().train()
     out = net(torch.empty(2, 3, net.input_size, net.input_size, device="meta"))
@@ -368,7 +370,8 @@ def daisies(root, n=8):
 
 
 @pytest.mark.parametrize("arch, file", [
-    ("resnet18", "resnet18-f37072fd.pth"), ("mobilenet_v2", "mobilenet_v2-b0353104.pth"), ("timm/tf_efficientnet_lite0", None)])
+    ("resnet18", "resnet18-f37072fd.pth"), ("mobilenet_v2", "mobilenet_v2-b0353104.pth"),
+    ("timm/tf_efficientnet_lite0", None)])
 def test_real_weights(arch, file, root):
     x = daisies(root)
     if file is None:

@@ -1,4 +1,5 @@
-"PrecisionPolicy that is chosen by measuring, on a machine where nothing was measured yet: whatever a network takes, gives and is trained by."
+"""PrecisionPolicy that is chosen by measuring, on a machine where nothing was measured yet: whatever a network takes,
+gives and is trained by."""
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ def unmeasured(tmp_path, monkeypatch):
 def image(i): return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i))
 
 
-INPUTS = dict(image=lambda i: image(i), pair=lambda i: fastuple(image(i), image(i + 1)), row=lambda i: image(i).flatten()[:6],
+INPUTS = dict(image=lambda i: image(i), pair=lambda i: fastuple(image(i), image(i + 1)),
+row=lambda i: image(i).flatten()[:6],
               named=lambda i: dict(a=image(i), b=image(i + 1)))
-TARGETS = dict(one=(1, lambda i: (i % 3,)), two=(2, lambda i: (i % 3, (i + 1) % 3)), named=(1, lambda i: (dict(a=i % 3, b=i % 2),)))
+TARGETS = dict(one=(1, lambda i: (i % 3,)), two=(2, lambda i: (i % 3, (i + 1) % 3)),
+               named=(1, lambda i: (dict(a=i % 3, b=i % 2),)))
 
 
 class Rows:
@@ -114,7 +117,9 @@ def test_measuring_leaves_statistics_gradients_and_random_numbers():
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9, *(f'{{"KEY": {v}}}' for v in ("5", "[]", '["fp64", true]', '["fp32"]', '["fp32", 1]', "null", '[["fp32"], true]'))])
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9,
+                                  *(f'{{"KEY": {v}}}' for v in ("5", "[]", '["fp64", true]', '["fp32"]', '["fp32", 1]',
+                                  "null", '[["fp32"], true]'))])
 def test_a_damaged_list_of_choices_is_ignored(tmp_path, monkeypatch, text):
     from ftlib.models.precision import _load_choices
     monkeypatch.setenv("FTLIB_CACHE", str(tmp_path))

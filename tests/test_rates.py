@@ -38,7 +38,8 @@ class Call(Callback):
 
 def learner(**kwargs):
     torch.manual_seed(0)
-    return Learner(DataLoaders(Batches(), Batches()), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)), loss_func=torch.nn.MSELoss(),
+    return Learner(DataLoaders(Batches(), Batches()), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)),
+    loss_func=torch.nn.MSELoss(),
                    **dict(splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())]) | kwargs)
 
 
@@ -46,7 +47,8 @@ def fitted(learn, *args, how='fit', **kwargs):
     "The learning rates that the optimizer used at each step, for each group"
     used = []
     def note(cb): used.append([h['lr'] for h in cb.opt.hypers])
-    with learn.no_bar(), learn.no_logging(): getattr(learn, how)(*args, cbs=[Call('before_step', note, 10_000), *kwargs.pop('cbs', [])], **kwargs)
+    with learn.no_bar(), learn.no_logging():
+        getattr(learn, how)(*args, cbs=[Call('before_step', note, 10_000), *kwargs.pop('cbs', [])], **kwargs)
     return np.array(used)
 
 
@@ -59,7 +61,8 @@ SCHEDULES = dict(none=None, linear='linear', step='step', own=lambda epoch, n: 1
 
 
 @settings(max_examples=25, deadline=None)
-@given(schedule=st.sampled_from(sorted(SCHEDULES)), patience=st.integers(1, 3), divide=st.floats(1.5, 20), at=st.integers(0, 4), share=st.floats(.01, .9),
+@given(schedule=st.sampled_from(sorted(SCHEDULES)), patience=st.integers(1, 3), divide=st.floats(1.5, 20),
+at=st.integers(0, 4), share=st.floats(.01, .9),
        raw=st.booleans(), opt_func=st.sampled_from([Adam, SGD, torch.optim.AdamW, torch.optim.SGD]))
 def test_factors_multiply(schedule, patience, divide, at, share, raw, opt_func):
     "Whatever the schedule is and whichever callback comes first"
@@ -70,18 +73,23 @@ def test_factors_multiply(schedule, patience, divide, at, share, raw, opt_func):
     cbs, kwargs = [plateau, half], dict(schedule=f)
     if raw and f is not None: cbs, kwargs = [half, plateau, ParamScheduler({'lr': lambda p: lrs * by(p * n, n)})], {}
     used = fitted(learner(opt_func=opt_func), n, lrs.tolist(), cbs=cbs, **kwargs)
-    expected = [lrs * by(i / 3, n) * (share if i // 3 >= at else 1) * divide ** -_reductions(i // 3, patience) for i in range(15)]
+    expected = [lrs * by(i / 3, n) * (share if i // 3 >= at else 1) * divide ** -_reductions(i // 3, patience)
+                for i in range(15)]
     np.testing.assert_allclose(used, expected, rtol=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
-@given(event=st.sampled_from(['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'before_step', 'after_step', 'after_batch', 'after_epoch']),
-       order=st.sampled_from([-5, 0, 59, 61, 64, 100]), how=st.sampled_from(['set_hyper', 'item', 'slice', 'multiply']), scheduled=st.booleans(),
+@given(event=st.sampled_from(['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'before_step',
+'after_step', 'after_batch', 'after_epoch']),
+       order=st.sampled_from([-5, 0, 59, 61, 64, 100]), how=st.sampled_from(['set_hyper', 'item', 'slice', 'multiply']),
+       scheduled=st.booleans(),
        opt_func=st.sampled_from([Adam, SGD, torch.optim.AdamW]))
 def test_what_a_users_callback_writes_counts_as_in_fastai(event, order, how, scheduled, opt_func):
     "The same rates at each step as under fastai's own learner"
     def write(cb):
-        if event not in ('before_fit',) and (cb.epoch, getattr(cb, 'iter', 0) if event not in ('before_epoch', 'before_train') else 0)[0] != 1: return
+        if event not in ('before_fit',) and (cb.epoch, getattr(cb, 'iter', 0)
+                                             if event not in ('before_epoch', 'before_train') else 0)[0] != 1:
+            return
         if how == 'set_hyper': cb.opt.set_hyper('lr', [2e-4, 3e-4])
         elif how == 'item': cb.opt.hypers[1]['lr'] = 5e-4
         elif how == 'slice': cb.opt.set_hyper('lr', slice(1e-5, 1e-4))
@@ -89,9 +97,12 @@ def test_what_a_users_callback_writes_counts_as_in_fastai(event, order, how, sch
             for h in cb.opt.hypers: h['lr'] *= .5
     def run(cls):
         torch.manual_seed(0)
-        learn = cls(DataLoaders(Batches(), Batches()), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)), loss_func=torch.nn.MSELoss(), opt_func=opt_func if opt_func is not torch.optim.AdamW else partial(_wrapped, opt=opt_func),
+        learn = cls(DataLoaders(Batches(), Batches()), torch.nn.Sequential(torch.nn.Linear(4, 4),
+        torch.nn.Linear(4, 1)), loss_func=torch.nn.MSELoss(),
+        opt_func=opt_func if opt_func is not torch.optim.AdamW else partial(_wrapped, opt=opt_func),
                     splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())])
-        return fitted(learn, 3, slice(1e-3, 1e-2), how='fit_one_cycle' if scheduled else 'fit', cbs=[Call(event, write, order)])
+        return fitted(learn, 3, slice(1e-3, 1e-2), how='fit_one_cycle' if scheduled else 'fit',
+                      cbs=[Call(event, write, order)])
     np.testing.assert_allclose(run(Learner), run(ftlib_fastai()), rtol=1e-5)
 
 
@@ -139,10 +150,13 @@ def test_a_cooldown_replaces_the_schedule_and_other_factors_still_apply():
     "From the rates of the best epoch to zero; a loss of NaN in it divides the rest of it"
     class Rises(Callback):
         uses_images, order = False, 54
-        def after_validate(self): self.learn.final_record[1] = 1. if self.epoch in (0, 2) else 2. if self.epoch < 2 else 3.
+        def after_validate(self):
+            self.learn.final_record[1] = 1. if self.epoch in (0, 2) else 2. if self.epoch < 2 else 3.
     for lost in (False, True):
         learn, stop = learner(), EarlyStopping(min_delta=.5, patience=2, cooldown=3)
-        cbs = [stop, RecoverFromNaN(lr_divisor=5, check_every=1), Call('after_batch', lambda cb: setattr(cb.learn, 'loss', cb.learn.loss * float('nan')) if lost and cb.training and cb.epoch == 4 and cb.iter == 0 else None)]
+        cbs = [stop, RecoverFromNaN(lr_divisor=5, check_every=1),
+               Call('after_batch', lambda cb: setattr(cb.learn, 'loss', cb.learn.loss * float('nan')) if lost
+               and cb.training and cb.epoch == 4 and cb.iter == 0 else None)]
         used = fitted(learn, 12, [1e-3, 1e-2], how='fit', schedule='step', cbs=cbs)
         first = 3 * (stop.stopped_at + 1)
         cosine = (1 + np.cos(np.pi * np.arange(9) / 9)) / 2
@@ -155,7 +169,8 @@ def test_the_rates_after_a_resumed_fit_are_those_of_one_that_was_not_interrupted
     def fit(checkpoint, **kwargs):
         learn = learner()
         cbs = [ReduceLROnPlateau(min_delta=1e9, patience=1, factor=3.), RecoverFromNaN()]
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(5, slice(1e-3, 1e-2), cbs=cbs, checkpoint=checkpoint, **kwargs)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(5, slice(1e-3, 1e-2), cbs=cbs, checkpoint=checkpoint, **kwargs)
         return learn.epoch_log.steps().lr.tolist()
     class Interrupted(ftlib.Checkpoint):
         "Interrupts the fit after a checkpoint in the middle of its fourth epoch"
@@ -211,7 +226,8 @@ def test_a_look_from_a_callback_leaves_no_trace_in_the_history(look, event):
         elif look == 'fit_in_validate': cb.learn.validate(cbs=ReduceLROnPlateau(patience=1))
         else: getattr(cb.learn, look)()
     def run(cb):
-        learn = learner(metrics=[torch.nn.functional.l1_loss, ftlib.AccumMetric(lambda p, t: (p - t).abs().max(), flatten=False)], seed=3)
+        learn = learner(metrics=[torch.nn.functional.l1_loss,
+                                 ftlib.AccumMetric(lambda p, t: (p - t).abs().max(), flatten=False)], seed=3)
         learn.recorder.train_metrics = True
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2, cbs=[cb])
         return learn.history.drop(columns='seconds'), learn.epoch_log.steps()

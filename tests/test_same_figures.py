@@ -1,4 +1,5 @@
-"""`ftlib train`, `ftlib evaluate` and Python give the same figures of the same images, and the folder of the images stays as it is."""
+"""`ftlib train`, `ftlib evaluate` and Python give the same figures of the same images, and the folder of the images
+stays as it is."""
 
 import hashlib
 import os
@@ -44,10 +45,14 @@ def table(root):
 
 def fingerprint(root):
     "Names, sizes, times and contents of everything in a folder"
-    return {str(p.relative_to(root)): (p.stat().st_mtime_ns, p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "") for p in sorted(root.rglob("*"))}
+    return {str(p.relative_to(root)): (p.stat().st_mtime_ns, p.stat().st_size,
+                                       hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "")
+                                       for p in sorted(root.rglob("*"))}
 
 
-@pytest.mark.parametrize("make, options", [(folder_of_classes, ["--seed", "5", "--valid", ".3"]), (folder_of_splits, []), (table, ["--seed", "9"])], ids=["classes", "splits", "table"])
+@pytest.mark.parametrize("make, options", [(folder_of_classes, ["--seed", "5", "--valid", ".3"]),
+                                           (folder_of_splits, []), (table, ["--seed", "9"])],
+                                           ids=["classes", "splits", "table"])
 def test_train_evaluate_and_python_agree(tmp_path, monkeypatch, capsys, make, options):
     (tmp_path / "data").mkdir()
     source, out = make(tmp_path / "data"), tmp_path / "out"
@@ -55,8 +60,10 @@ def test_train_evaluate_and_python_agree(tmp_path, monkeypatch, capsys, make, op
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("MPLBACKEND", "agg")
-    assert not main(["train", str(source), "--arch", "cnn", "--size", "16", "--bs", "8", "--epochs", "2", "--lr", "3e-3", "--out", str(out), *options])
-    assert not main(["evaluate", str(source), "--weights", str(out / "weights.safetensors"), "--out", str(tmp_path / "judged")])
+    assert not main(["train", str(source), "--arch", "cnn", "--size", "16", "--bs", "8", "--epochs", "2", "--lr",
+                     "3e-3", "--out", str(out), *options])
+    assert not main(["evaluate", str(source), "--weights", str(out / "weights.safetensors"), "--out",
+                     str(tmp_path / "judged")])
     capsys.readouterr()
     split = pd.read_csv(out / "split.csv")
     held = split[split["split"] == "valid"]
@@ -65,7 +72,8 @@ def test_train_evaluate_and_python_agree(tmp_path, monkeypatch, capsys, make, op
         pd.testing.assert_frame_equal(trained, judged, rtol=1e-3, atol=1e-5)
     # in Python, from the bundle, on the images that were held out, and on no other
     classes = pd.read_csv(out / "per_class.csv")
-    assert classes["images"].sum() == len(held) and dict(zip(classes["class"], classes["images"])) == held["label"].astype(str).value_counts().to_dict()
+    assert classes["images"].sum() == len(held) and dict(zip(classes["class"],
+        classes["images"])) == held["label"].astype(str).value_counts().to_dict()
     files = [p if os.path.isabs(p) else str((source if source.is_dir() else source.parent) / p) for p in held["path"]]
     found = load_bundle(out / "model.ftl").predict_images(files)
     right = (found["class"].to_numpy() == held["label"].astype(str).to_numpy()).sum()

@@ -1,4 +1,5 @@
-"""What fastai's saving gets wrong and ours gets right: each test shows both, so that a claim that is out of date fails."""
+"""What fastai's saving gets wrong and ours gets right: each test shows both, so that a claim that is out of date
+fails."""
 
 import sys
 import types
@@ -24,12 +25,15 @@ def net(n=16, classes=2): return nn.Sequential(nn.Flatten(), nn.Linear(192, n), 
 @pytest.fixture(scope="module")
 def data():
     rng = np.random.default_rng(0)
-    return image_data({"image": list(rng.integers(0, 255, (60, 8, 8, 3), "uint8")), "label": [i % 2 for i in range(60)]}, size=8, bs=16)
+    return image_data({"image": list(rng.integers(0, 255, (60, 8, 8, 3), "uint8")),
+                       "label": [i % 2 for i in range(60)]}, size=8, bs=16)
 
 
 @pytest.fixture
 def learner(data, tmp_path):
-    def make(cls, model=None, **kwargs): return cls(data, model or net(), **dict(loss_func=nn.CrossEntropyLoss(), metrics=accuracy, path=tmp_path) | kwargs)
+    def make(cls, model=None, **kwargs):
+        return cls(data, model or net(), **dict(loss_func=nn.CrossEntropyLoss(), metrics=accuracy, path=tmp_path)
+                   | kwargs)
     return make
 
 
@@ -89,4 +93,5 @@ def test_a_full_disk_keeps_the_file_of_before(way, learner, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", fills_up)
     with pytest.raises(OSError): learn.save("one")
-    assert (path.read_bytes() == before) == (way == "ftlib") and (way == "fastai" or list(path.parent.iterdir()) == [path])
+    assert (path.read_bytes() == before) == (way == "ftlib") and (way == "fastai"
+        or list(path.parent.iterdir()) == [path])

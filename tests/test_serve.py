@@ -39,9 +39,11 @@ def png(colour=0, side=24):
 
 def huge_png(side):
     "A PNG of side × side black pixels, some kB"
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     rows = zlib.compress(b"\0" * ((side // 8 + 2) * side), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + chunk(b"IDAT",
+        rows) + chunk(b"IEND", b"")
 
 
 def zipped(files):
@@ -71,11 +73,13 @@ def test_one_image_as_it_is(client, bundle):
     answer = client.post("/predict?top=2", content=png(2))
     label, probs = load_bundle(bundle).predict(png(2))
     found = answer.json()["predictions"][0]
-    assert answer.status_code == 200 and found["class"] == label and found["probability"] == pytest.approx(probs.max()) and len(found["top"]) == 2
+    assert answer.status_code == 200 and found["class"] == label
+    assert found["probability"] == pytest.approx(probs.max()) and len(found["top"]) == 2
 
 
 def test_many_files_and_a_zip(client):
-    files = [("files", ("a.png", png(0))), ("files", ("letter.txt", b"hello")), ("files", ("b.zip", zipped({f"{i}.png": png(2) for i in range(3)})))]
+    files = [("files", ("a.png", png(0))), ("files", ("letter.txt", b"hello")),
+             ("files", ("b.zip", zipped({f"{i}.png": png(2) for i in range(3)})))]
     found = client.post("/predict", files=files).json()["predictions"]
     assert [p["name"] for p in found] == ["a.png", "letter.txt", "0.png", "1.png", "2.png"]
     assert [p["error"] is None for p in found] == [True, False, True, True, True] and found[1]["class"] is None
@@ -124,7 +128,8 @@ def test_a_token(bundle):
     assert guarded.post("/predict", content=png(0), headers={"Authorization": "Bearer other"}).status_code == 401
     assert guarded.post("/predict", content=png(0), headers={"Authorization": "Bearer secret"}).status_code == 200
     assert guarded.get("/docs").status_code == 401 and guarded.get("/health").status_code == 200
-    assert guarded.get("/docs?token=secret").status_code == 200 and guarded.get("/docs").status_code == 200, "the browser has a cookie now"
+    assert guarded.get("/docs?token=secret").status_code == 200
+    assert guarded.get("/docs").status_code == 200, "the browser has a cookie now"
     with pytest.raises(DeployError, match="token"): web_app(load_bundle(bundle), token="")
 
 
@@ -137,7 +142,8 @@ def test_too_many_wait(bundle):
     slow, model.probabilities = model.probabilities, lambda *args: (go.wait(20), slow(*args))[1]
     with TestClient(web_app(model, limits=Limits(at_once=1, waiting=1), page=False)) as client:
         codes = []
-        threads = [threading.Thread(target=lambda: codes.append(client.post("/predict", content=png(0)).status_code)) for _ in range(2)]
+        threads = [threading.Thread(target=lambda: codes.append(client.post("/predict", content=png(0)).status_code))
+                   for _ in range(2)]
         for t in threads: t.start()
         end = time.monotonic() + 20
         while client.get("/health").json()["waiting"] < 2 and time.monotonic() < end: time.sleep(.05)
@@ -154,7 +160,8 @@ def test_asked_to_stop_it_ends(root, bundle):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {**os.environ, "PYTHONPATH": str(root)}
-    served = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "ftlib", "serve", str(bundle), "--port", str(port), "--no-page"], env=env, stderr=subprocess.PIPE, text=True)
+    served = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "ftlib", "serve", str(bundle), "--port", str(port),
+                               "--no-page"], env=env, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 120
         while True:

@@ -1,4 +1,5 @@
-"""What fastai's trackers get wrong and ours get right: each test shows both, so that a claim that is out of date fails."""
+"""What fastai's trackers get wrong and ours get right: each test shows both, so that a claim that is out of date
+fails."""
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ BOTH = pytest.mark.parametrize("way", WAYS)
 
 class Batches:
     "Tensors, in batches that are there already"
-    def __init__(self, X, y, bs=32): self.X, self.y, self.bs, self.n, self.dataset, self.device = X, y, bs, len(X), X, X.device
+    def __init__(self, X, y, bs=32):
+        self.X, self.y, self.bs, self.n, self.dataset, self.device = X, y, bs, len(X), X, X.device
     def __len__(self): return -(-self.n // self.bs)
     def __iter__(self): return zip(self.X.split(self.bs), self.y.split(self.bs))
     def to(self, device): return self
@@ -182,7 +184,8 @@ def test_the_rate_comes_down_under_a_schedule(way):
 
 def test_a_loss_that_was_never_finite_ends_the_fit(capsys):
     learn = learner(Learner)
-    with learn.no_bar(), pytest.warns(UserWarning, match="ended with a loss of"): learn.fit(6, 1e30, cbs=EarlyStopping(patience=2))
+    with learn.no_bar(), pytest.warns(UserWarning, match="ended with a loss of"):
+        learn.fit(6, 1e30, cbs=EarlyStopping(patience=2))
     assert len(learn.history) == 2 and "valid_loss was not finite for 2 epochs" in capsys.readouterr().out
 
 

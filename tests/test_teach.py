@@ -16,7 +16,8 @@ from ftlib.teach.losses import dkd, kd, standardised_kd
 from ftlib.errors import CheckpointError
 from ftlib.train.learner import Learner
 
-CASES = given(n=st.integers(1, 6), c=st.integers(2, 12), T=st.floats(.3, 20), scale=st.floats(.1, 5), seed=st.integers(0, 10 ** 6))
+CASES = given(n=st.integers(1, 6), c=st.integers(2, 12), T=st.floats(.3, 20), scale=st.floats(.1, 5),
+              seed=st.integers(0, 10 ** 6))
 
 
 def softmax(z):
@@ -44,8 +45,10 @@ def by_formula_standardised(s, t, y, T):
     return by_formula_kd(s, t, y, T)
 
 
-@pytest.mark.parametrize(("loss", "formula"), [(kd, by_formula_kd), (dkd, by_formula_dkd), (partial(dkd, target=.5, others=2.), partial(by_formula_dkd, target=.5, others=2.)),
-                                               (standardised_kd, by_formula_standardised)], ids=["kd", "dkd", "dkd weighted", "standardised"])
+@pytest.mark.parametrize(("loss", "formula"), [(kd, by_formula_kd), (dkd, by_formula_dkd),
+(partial(dkd, target=.5, others=2.), partial(by_formula_dkd, target=.5, others=2.)),
+                                               (standardised_kd, by_formula_standardised)],
+                                               ids=["kd", "dkd", "dkd weighted", "standardised"])
 @CASES
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_losses_and_gradients(loss, formula, n, c, T, scale, seed):
@@ -96,6 +99,8 @@ def test_a_distillation_goes_on_with_the_same_teacher_only(tmp_path):
     kills = Kills()
     with pytest.raises(Killed): fit(learner(tmp_path), cbs=[Distill(teacher(1), T=2., alpha=.7), kills])
     kills.spared = True
-    for other, said in ((Distill(teacher(2), T=2., alpha=.7), "teacher="), (Distill(teacher(1), T=3., alpha=.7), "T=3.0")):
+    for other, said in ((Distill(teacher(2), T=2., alpha=.7), "teacher="),
+                        (Distill(teacher(1), T=3., alpha=.7), "T=3.0")):
         with pytest.raises(CheckpointError, match=said): fit(learner(tmp_path), cbs=[other, kills], resume=True)
-    assert torch.equal(fit(learner(tmp_path), cbs=[Distill(teacher(1), T=2., alpha=.7), kills], resume=True), whole.model.weight)
+    assert torch.equal(fit(learner(tmp_path), cbs=[Distill(teacher(1), T=2., alpha=.7), kills], resume=True),
+                       whole.model.weight)

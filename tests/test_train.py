@@ -1,4 +1,5 @@
-"""What fastai's learner gets wrong and ours gets right: each test shows both, so that a claim that is out of date fails."""
+"""What fastai's learner gets wrong and ours gets right: each test shows both, so that a claim that is out of date
+fails."""
 
 import random
 from functools import partial
@@ -67,7 +68,8 @@ def test_a_sweep_that_fails_puts_weights_and_rates_back(cls, tmp_path):
     learn = learner(cls, tmp_path)
     quietly(learn, "fit", 1, 1e-2)
     before, lrs = weights(learn), [h["lr"] for h in learn.opt.hypers]
-    with learn.added_cbs(Fails(90)), pytest.raises(RuntimeError): quietly(learn, "lr_find", show_plot=False, stop_div=False)
+    with learn.added_cbs(Fails(90)), pytest.raises(RuntimeError):
+        quietly(learn, "lr_find", show_plot=False, stop_div=False)
     same = weights(learn).equal(before) and [h["lr"] for h in learn.opt.hypers] == lrs
     assert same == (cls is Learner)
 
@@ -102,7 +104,8 @@ def test_short_sweeps(tmp_path):
 
 def test_a_sweep_without_batches(tmp_path):
     def empty(cls): return learner(cls, tmp_path, n=10)
-    for cls, error, says in ((FastaiLearner, ZeroDivisionError, "division"), (Learner, ValueError, "10 training images")):
+    for cls, error, says in ((FastaiLearner, ZeroDivisionError, "division"),
+                             (Learner, ValueError, "10 training images")):
         learn = empty(cls)
         learn.dls.loaders[0] = learn.dls.train.new(bs=64, drop_last=True)
         with pytest.raises(error, match=says): quietly(learn, "lr_find")
@@ -217,7 +220,8 @@ def test_the_stop_button_during_mixup(cls, tmp_path):
 def test_what_a_callback_raises_is_what_arrives(cls, tmp_path):
     class Fussy(Callback):
         def before_batch(self): raise ValueError
-    with pytest.raises(ValueError if cls is Learner else IndexError): quietly(learner(cls, tmp_path), "fit", 1, 1e-3, cbs=Fussy())
+    with pytest.raises(ValueError if cls is Learner else IndexError):
+        quietly(learner(cls, tmp_path), "fit", 1, 1e-3, cbs=Fussy())
 
 
 @BOTH
@@ -241,7 +245,8 @@ def test_torchs_cross_entropy(cls, tmp_path):
         learn = learner(cls, tmp_path, loss_func=nn.CrossEntropyLoss(label_smoothing=.1))
     sums = quietly(learn, "get_preds")[0].sum(1)
     assert not torch.allclose(sums, torch.ones_like(sums)), "this loss has no activation, so they are scores"
-    if cls is Learner: assert torch.allclose(quietly(learn, "get_preds", act=learn.probabilities_of)[0].sum(1), torch.ones_like(sums))
+    if cls is Learner:
+        assert torch.allclose(quietly(learn, "get_preds", act=learn.probabilities_of)[0].sum(1), torch.ones_like(sums))
 
 
 @BOTH
@@ -283,7 +288,8 @@ def test_validate_in_the_midst_of_a_fit(cls, tmp_path):
 
 class Reads(TorchFunctionMode):
     "Counts what makes the machine wait for a device: numbers and tensors that are brought over from it"
-    waits = torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__, torch.Tensor.numpy
+    waits = (torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__,
+        torch.Tensor.numpy)
 
     def __init__(self):
         super().__init__()
@@ -333,7 +339,8 @@ def test_the_same_seed_twice_over_the_same_loaders(cls, tmp_path):
     start = {k: v.clone() for k, v in learn.model.state_dict().items()}
     for _ in range(2):
         learn.model.load_state_dict(start)
-        again = cls(learn.dls, learn.model, loss_func=CrossEntropyLossFlat(), path=tmp_path, **(dict(seed=3) if cls is Learner else {}))
+        again = cls(learn.dls, learn.model, loss_func=CrossEntropyLossFlat(), path=tmp_path,
+                    **(dict(seed=3) if cls is Learner else {}))
         if cls is FastaiLearner: set_seed(3, reproducible=True)
         else: again.dls.one_batch(), torch.rand(3), quietly(again, "lr_find", show_plot=False)
         quietly(again, "fit", 1, 1e-2)

@@ -51,7 +51,8 @@ class FeatureDL(GetAttr):
         stage:int=0,      # Number of stages that were computed
     ):
         self.dl, self.views, self.names, self.targets, self.pass_idx = dl, views, names, targets, pass_idx
-        self.numbers, self.stage, self.view, self.batch_ids, self.broken = list(numbers or range(len(views))), stage, None, None, None
+        self.numbers, self.stage, self.view, self.batch_ids, self.broken = list(numbers
+            or range(len(views))), stage, None, None, None
         self.names = _with_stand_ins(names, targets if dl.shuffle else None, views)
         self.places = [v.places(self.names) for v in views]
 
@@ -75,28 +76,32 @@ class FeatureDL(GetAttr):
     def new(self, dataset=None, **kwargs):
         "Another loader of the same features; of images, if another dataset is given"
         new = self.dl.new(dataset, **kwargs)
-        return new if dataset is not None else FeatureDL(new, self.views, self.names, self.targets, self.pass_idx, self.numbers, self.stage)
+        return new if dataset is not None else FeatureDL(new, self.views, self.names, self.targets, self.pass_idx,
+                                                         self.numbers, self.stage)
 
     def one_batch(self):
         return next(iter(self.new(num_workers=0)))
 
-
+# %% ../../nbs/33_cache.features.ipynb #f64da729
 def _with_stand_ins(names, targets, views):
-    "The names, and in place of images that have no features, since they cannot be opened, the next that has, of their class where there are `targets`"
+    """The names, and in place of images that have no features, since they cannot be opened, the next that has, of
+    their class where there are `targets`"""
     lacking = {i for v in views for i in v.missing(names)}
     if not lacking: return names
     names, n = list(names), len(names)
     for i in sorted(lacking):
-        found = next((j for k in range(1, n) if (j := (i + k) % n) not in lacking and (targets is None or torch.equal(targets[j], targets[i]))), None)
+        found = next((j for k in range(1, n) if (j := (i + k) % n) not in lacking
+                      and (targets is None or torch.equal(targets[j], targets[i]))), None)
         if found is None: raise ImageError('none of the images of a class can be opened; `dls.bad_files` lists them.')
         names[i] = names[found]
     return names
 
-
+# %% ../../nbs/33_cache.features.ipynb #f234d2a9
 def image_names(
     dl,  # A loader over `Datasets`
 ) -> list:
-    "The names of its images; '' for files that are gone. Items that tell where an image is, as the rows of a table, are followed to it by fastai's transforms"
+    """The names of its images; '' for files that are gone. Items that tell where an image is, as the rows of a table,
+    are followed to it by fastai's transforms"""
     inputs, fs = dl.dataset.tls[0], list(dl.dataset.tls[0].tfms.fs)
     before = fs[:next((i for i, f in enumerate(fs) if getattr(f, 'name', '') == 'PILBase.create'), 0)]
     follow = compose(*before) if all(map(is_fastai_transform, before)) else noop
@@ -105,14 +110,14 @@ def image_names(
         except OSError: return ''
     return [name(inputs._get(i)) for i in range(len(inputs))]
 
-
+# %% ../../nbs/33_cache.features.ipynb #f990cfc4
 def _order(dl):
     "Indices of the images of a pass of `dl`; its random state advances as in a pass"
     if isinstance(dl, ImageDL): dl.rng.getrandbits(64)  # drawn for the crops in a pass over images
     dl.randomize()
     return [int(i) for i in dl.get_idxs()]
 
-
+# %% ../../nbs/33_cache.features.ipynb #1429d6f0
 def targets_of(
     dl,  # A loader over `Datasets`
 ) -> torch.Tensor:  # Class numbers
@@ -126,8 +131,10 @@ def targets_of(
 # %% ../../nbs/33_cache.features.ipynb #9150c073
 NOTHING_FROZEN = 'nothing is frozen'
 
+# %% ../../nbs/33_cache.features.ipynb #e800264d
 class MixFeatures(MixUp):
-    "MixUp (Zhang et al. 2018) of the outputs of the frozen stages, as in manifold mixup (Verma et al. 2019); of images if nothing is frozen."
+    """MixUp (Zhang et al. 2018) of the outputs of the frozen stages, as in manifold mixup (Verma et al. 2019); of
+    images if nothing is frozen."""
     uses_images = False
 
     def before_batch(self):
@@ -137,19 +144,20 @@ class MixFeatures(MixUp):
         finally: self.learn.yb = yb
         self.partner = self.yb1[0].long()
         self.yb1 = tuple(y[self.partner] for y in yb)
-        if not self.stack_y: self.learn.yb = tuple(torch.lerp(b, a, unsqueeze(self.lam, n=a.ndim - 1)) for a, b in zip(yb, self.yb1))
+        if not self.stack_y:
+            self.learn.yb = tuple(torch.lerp(b, a, unsqueeze(self.lam, n=a.ndim - 1)) for a, b in zip(yb, self.yb1))
 
-
+# %% ../../nbs/33_cache.features.ipynb #48d67821
 def _undeclared(cls):
     "Says once for each class how it can be declared"
     hint = '' if cls in _HINTED else ': if it does not, declare `uses_images = False` in its class'
     _HINTED.add(cls)
     return f"may need images{hint}"
 
-
+# %% ../../nbs/33_cache.features.ipynb #a85eb88f
 _HINTED = set()
 
-
+# %% ../../nbs/33_cache.features.ipynb #2fbc5e02
 def why_not_cached(
     learn,    # A learner
     cbs=(),   # Callbacks of this fit
@@ -160,8 +168,10 @@ def why_not_cached(
     hooked = [m for s in [[net, net.body, net.head], *(s.modules() for s in net.stages[:net.frozen])] for m in s
               if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
     if hooked: return f'there is a hook on a {type(hooked[0]).__name__} of the frozen stages'
-    for cb in [*learn.cbs, *cbs, *(m for m in learn.metrics if not type(m).__module__.startswith(('fastai.', 'ftlib.')))]:
-        if (looks := uses_images(cb)) or looks is None: return f'{type(cb).__name__} {"needs images" if looks else _undeclared(type(cb))}'
+    for cb in [*learn.cbs, *cbs, *(m for m in learn.metrics
+                                   if not type(m).__module__.startswith(('fastai.', 'ftlib.')))]:
+        if (looks := uses_images(cb)) or looks is None:
+            return f'{type(cb).__name__} {"needs images" if looks else _undeclared(type(cb))}'
     for dl in learn.dls.loaders[:2]:
         data = getattr(dl, 'dataset', None)
         if not isinstance(data, Datasets) or len(data.tls) != 2 or dl.bs is None:
@@ -171,34 +181,37 @@ def why_not_cached(
 # %% ../../nbs/33_cache.features.ipynb #9986e201
 STORE = FeatureStore()
 
-
+# %% ../../nbs/33_cache.features.ipynb #80dc160a
 def _chain(dl):
     "The transforms that this loader applies to an image"
     split = getattr(dl.dataset, 'split_idx', None)
     fs = [f for o in (dl.dataset.tls[0].tfms, dl.after_item, dl.before_batch, dl.after_batch) for f in o.fs]
     return [f for f in fs if getattr(f, 'split_idx', None) in (None, split)]
 
-
+# %% ../../nbs/33_cache.features.ipynb #0d60798b
 def is_random(
     dl,  # A loader
 ) -> bool:
     "May the loader use random augmentation? Code that is not fastai's or ftlib's may"
     return any(isinstance(f, RandTransform) or not is_fastai_transform(f) for f in _chain(dl))
 
-
+# %% ../../nbs/33_cache.features.ipynb #fe4819fd
 def _cache_key(net, dl, view, precision, dtype):
-    "Hash of everything that the outputs of `net` for the images in `dl` depend on. Raises `IdentityError` if that cannot be determined"
+    """Hash of everything that the outputs of `net` for the images in `dl` depend on. Raises `IdentityError` if that
+    cannot be determined"""
     opened = [f for f in dl.dataset.tls[0].tfms.fs if not is_fastai_transform(f)]
-    if opened: raise IdentityError(f'{opened[0]} is code of your own that opens images, and may read other files than those that are listed')
+    if opened:
+        raise IdentityError(f'{opened[0]} is code of your own that opens images, and may read other files than those '
+                            f'that are listed')
     # A loader's class, its data set's, and functions given to it may do more than its transforms
     around = [type(dl), type(dl.dataset), type(dl.dataset.tls[0]), {k: v for k, v in vars(dl).items() if k in _DOES}]
     seed = (getattr(dl, 'seed', 0), view) if is_random(dl) else ''
     return digest(identity([net, _chain(dl), around]), f'{seed} {precision} {dtype}')
 
-
+# %% ../../nbs/33_cache.features.ipynb #aa14e723
 _DOES = {'create_item', 'create_batch', 'create_batches', 'do_item', 'do_batch', 'before_iter', 'retain', 'wif'}
 
-
+# %% ../../nbs/33_cache.features.ipynb #85918bd1
 def cached_features(
     net,             # A `Network`
     dl, names,       # As for `cached_forward`
@@ -209,9 +222,10 @@ def cached_features(
 ) -> Features:       # With a row for each image
     "Outputs of the frozen stages of `net` for the images in `dl`; missing ones are computed."
     if dl.device is not None: net.to(dl.device)  # the device of the training
-    return cached_forward(nn.Sequential(net.body.normalize, *net.stages[:net.frozen]), dl, names, view, precision, store, bar)
+    return cached_forward(nn.Sequential(net.body.normalize, *net.stages[:net.frozen]), dl, names, view, precision,
+                          store, bar)
 
-
+# %% ../../nbs/33_cache.features.ipynb #a2680d53
 def cached_forward(
     net,             # A module that takes a batch of images
     dl,              # A loader over `Datasets`
@@ -220,22 +234,26 @@ def cached_forward(
     dtype=torch.bfloat16,  # Data type of the stored outputs
     fresh:bool=False,      # Compute it anew where it cannot be told whether something changed
 ) -> Features:       # With a row for each image
-    "Outputs of `net` for the images in `dl`, cached. The same `view` has the same augmented images for every network. Raises `IdentityError` where it cannot be told whether what is kept still holds, unless `fresh`."
+    """Outputs of `net` for the images in `dl`, cached. The same `view` has the same augmented images for every
+    network. Raises `IdentityError` where it cannot be told whether what is kept still holds, unless `fresh`."""
     seed = getattr(dl, 'seed', 0), view
     try: key = _cache_key(net, dl, view, precision, dtype)
     except IdentityError:
         if not fresh: raise
-        key, store = secrets.token_hex(16), FeatureStore(store.memory, store._folder, store.disk)  # asked anew, and known to nobody else
+        # asked anew, and known to nobody else
+        key, store = secrets.token_hex(16), FeatureStore(store.memory, store._folder, store.disk)
     found = store.features(key)
     lacking = found.missing(names)
     if lacking:
-        todo = dl.new(shuffle=False, drop_last=False, get_idxs=_ConstantFunc(lacking), n=len(lacking), bs=min(dl.bs, len(lacking)))
+        todo = dl.new(shuffle=False, drop_last=False, get_idxs=_ConstantFunc(lacking), n=len(lacking),
+                      bs=min(dl.bs, len(lacking)))
         with seeded(*seed):
             todo.rng = random.Random(random.getrandbits(64))
-            _fill(net, progress_bar(todo, leave=False) if bar else todo, [names[i] for i in lacking], found, precision, store, dtype, lambda: broken_mask(todo, lacking))
+            _fill(net, progress_bar(todo, leave=False) if bar else todo, [names[i] for i in lacking], found, precision,
+                  store, dtype, lambda: broken_mask(todo, lacking))
     return found
 
-
+# %% ../../nbs/33_cache.features.ipynb #fff2f7e5
 @torch.no_grad()
 def _fill(net, batches, names, found, precision, store, dtype, broken):
     "Compute the outputs for all batches and store them under the hashes `names`, but for those that were `broken`"

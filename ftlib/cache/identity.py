@@ -25,18 +25,21 @@ from torch import nn
 
 from ..errors import IdentityError
 from ..data.loader import Sample
-from ..system.libraries import FASTAI_FAMILY, is_library_class, is_library_function, is_library_module, own_file, package_of, version_of
+from ..system.libraries import (
+    FASTAI_FAMILY, is_library_class, is_library_function, is_library_module, own_file, package_of, version_of)
 
 # %% ../../nbs/30_cache.identity.ipynb #1518d456
-# Of objects of fastai and ftlib only what their `__init__` takes counts, the rest is state that moves while they are used; and of that not what
+# Of objects of fastai and ftlib only what their `__init__` takes counts, the rest is state that moves while they are
+# used; and of that not what
 # is set while they are used, or changes no result.
 _STATE = {'split_idx', 'failed', 'decoded', 'num_workers'}
 
-
+# %% ../../nbs/30_cache.identity.ipynb #8eb772b9
 @cache
 def _arguments(cls):
     "Arguments of a class's `__init__`"
-    return {n for c in cls.__mro__ if inspect.isfunction(vars(c).get('__init__')) for n in inspect.signature(c.__init__).parameters} - _STATE
+    return {n for c in cls.__mro__ if inspect.isfunction(vars(c).get('__init__'))
+            for n in inspect.signature(c.__init__).parameters} - _STATE
 
 # %% ../../nbs/30_cache.identity.ipynb #0bbe92ce
 def identity(
@@ -48,16 +51,19 @@ def identity(
     try:
         walk.see(o)
         walk.see_modules()
-    except RecursionError as e: raise IdentityError(f'a {type(o).__name__} is nested too deeply, so changes cannot be detected.') from e
+    except RecursionError as e:
+        raise IdentityError(f'a {type(o).__name__} is nested too deeply, so changes cannot be detected.') from e
     return walk.hash.hexdigest()
 
-
-_PLAIN = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range, slice, torch.dtype, torch.device, torch.Size,
+# %% ../../nbs/30_cache.identity.ipynb #f290fba4
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range, slice, torch.dtype,
+torch.device, torch.Size,
           torch.layout, torch.memory_format}
 _MOST = 2_000_000  # Objects; larger object graphs would take too long
-_LOOKUPS = {'getattr', 'vars', '__dict__', 'attrgetter', 'globals', 'import_module'}  # By these an attribute of a module may be used that no code names
+# By these an attribute of a module may be used that no code names
+_LOOKUPS = {'getattr', 'vars', '__dict__', 'attrgetter', 'globals', 'import_module'}
 
-
+# %% ../../nbs/30_cache.identity.ipynb #82b37e6b
 class _Walk:
     "Hash an object and everything that it references, each object once"
     def __init__(self, versions):
@@ -74,9 +80,11 @@ class _Walk:
         "Adds `o`"
         kind = type(o)
         if kind in _PLAIN: return self.put(kind.__name__, repr(o))
-        if kind is tuple: return self.see_all('tuple', o)  # not numbered: whether equal constants are one object is the compiler's business
+        # not numbered: whether equal constants are one object is the compiler's business
+        if kind is tuple: return self.see_all('tuple', o)
         if (number := self.seen.get(id(o))) is not None: return self.put('again', str(number))
-        if len(self.held) >= _MOST: raise IdentityError(f'more than {_MOST:,} objects are referenced: too many to detect changes.')
+        if len(self.held) >= _MOST:
+            raise IdentityError(f'more than {_MOST:,} objects are referenced: too many to detect changes.')
         self.seen[id(o)] = len(self.held)
         self.held.append(o)
         next(f for kinds, f in _KINDS if isinstance(o, kinds))(self, o)
@@ -114,7 +122,8 @@ class _Walk:
 
     def code(self, code, scope):
         "The instructions, and the globals that they name"
-        self.put('code', code.co_code, getattr(code, 'co_exceptiontable', b''), str((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)),
+        self.put('code', code.co_code, getattr(code, 'co_exceptiontable', b''),
+        str((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)),
                  *code.co_names, *code.co_varnames, *code.co_freevars)
         for c in code.co_consts:
             if isinstance(c, types.CodeType): self.code(c, scope)
@@ -194,7 +203,8 @@ class _Walk:
         self.put('array', f'{a.dtype.descr} {a.shape}', np.ascontiguousarray(a).tobytes())
 
     def tensor(self, t):
-        if t.layout != torch.strided or t.is_quantized or t.device.type == 'meta': raise IdentityError(f'a tensor of layout {t.layout} on {t.device}: only dense tensors can be compared.')
+        if t.layout != torch.strided or t.is_quantized or t.device.type == 'meta':
+            raise IdentityError(f'a tensor of layout {t.layout} on {t.device}: only dense tensors can be compared.')
         t = t.detach().as_subclass(torch.Tensor).cpu().contiguous()
         self.put('tensor', f'{t.dtype} {tuple(t.shape)}')
         self.hash.update(t.flatten().view(torch.uint8).numpy())
@@ -220,51 +230,65 @@ class _Walk:
         else: self.see(type(m))
         parts = vars(m)
         buffers = {k: v for k, v in parts['_buffers'].items() if k != 'num_batches_tracked'}
-        for part in (parts['_parameters'], buffers, parts['_modules']): self.see_all('parts', [x for pair in part.items() for x in pair])
-        self.see_pairs('settings', ((k, v) for k, v in parts.items() if k not in _NET_STATE and not (k.endswith('_hooks') and not v)))
+        for part in (parts['_parameters'], buffers, parts['_modules']):
+            self.see_all('parts', [x for pair in part.items() for x in pair])
+        self.see_pairs('settings', ((k, v) for k, v in parts.items() if k not in _NET_STATE
+                                    and not (k.endswith('_hooks') and not v)))
 
     def script(self, m):
-        self.put('script', m.code if hasattr(m, 'forward') else '', m.inlined_graph.__str__() if hasattr(m, 'forward') else '')
+        self.put('script', m.code if hasattr(m, 'forward') else '',
+                 m.inlined_graph.__str__() if hasattr(m, 'forward') else '')
         self.see_pairs('state', m.state_dict().items())
 
     def instance(self, o):
-        "Class and attributes; of a library's objects what pickle would keep, of fastai's and ftlib's what they were made with"
+        """Class and attributes; of a library's objects what pickle would keep, of fastai's and ftlib's what they were
+        made with"""
         cls = type(o)
         if isinstance(o, Pipeline): return self.see_all('pipeline', list(o.fs))
         if package_of(cls) in FASTAI_FAMILY:
             given = _arguments(cls)
             self.see(cls)
-            return self.see_pairs('settings', ((k, v) for k, v in vars(o).items() if k in given or k.lstrip('_') in given or k == 'encodes'))
+            return self.see_pairs('settings', ((k, v) for k,
+                                               v in vars(o).items() if k in given or k.lstrip('_') in given
+                                               or k == 'encodes'))
         if is_library_class(cls) or not hasattr(o, '__dict__'): return self.reduced(o)
         self.see(cls)
         drawn = {k for c in cls.__mro__ if package_of(c) in FASTAI_FAMILY for k in vars(c)} | {'learn', '__signature__'}
         self.see_pairs('attributes', ((k, v) for k, v in vars(o).items() if k not in drawn or k == 'encodes'))
-        slots = [n for c in cls.__mro__ for n in np.atleast_1d(vars(c).get('__slots__', ())).tolist() if n not in ('__dict__', '__weakref__')]
+        slots = [n for c in cls.__mro__ for n in np.atleast_1d(vars(c).get('__slots__', ())).tolist()
+                 if n not in ('__dict__', '__weakref__')]
         self.see_pairs('slots', ((n, getattr(o, n)) for n in slots if hasattr(o, n)))
 
     def reduced(self, o):
         "What pickle would keep of `o`"
         try: kept = copyreg.dispatch_table[type(o)](o) if type(o) in copyreg.dispatch_table else o.__reduce_ex__(4)
-        except Exception as e: raise IdentityError(f'a {type(o).__name__} ({str(o)[:60]}) is referenced, whose changes cannot be detected.') from e
+        except Exception as e:
+            raise IdentityError(f'a {type(o).__name__} ({str(o)[:60]}) is referenced, whose changes cannot be '
+                                f'detected.') from e
         if isinstance(kept, str): return self.put('named', type(o).__qualname__, kept)
         self.see_all('reduced', [*kept[:3], *(None if x is None else list(x) for x in kept[3:5])])
 
-
-_NET_STATE = {'training', '_parameters', '_buffers', '_modules', '_non_persistent_buffers_set', '_is_full_backward_hook', '_compiled_call_impl', '_graph', '_code'}
+# %% ../../nbs/30_cache.identity.ipynb #323afa18
+_NET_STATE = {'training', '_parameters', '_buffers', '_modules', '_non_persistent_buffers_set',
+              '_is_full_backward_hook', '_compiled_call_impl', '_graph', '_code'}
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 
-
+# %% ../../nbs/30_cache.identity.ipynb #6e9b54c9
 def _is_bookkeeping(name, value):
     "Does Python keep this in a class for itself?"
     if name == '_abc_impl' or isinstance(value, _DESCRIPTORS): return True
-    return name.startswith('__') and name.endswith('__') and not callable(value) and not isinstance(value, (staticmethod, classmethod, property))
+    return name.startswith('__') and name.endswith('__') and not callable(value) and not isinstance(value,
+        (staticmethod, classmethod, property))
 
-
+# %% ../../nbs/30_cache.identity.ipynb #362aff07
 # How each kind of object is seen; the first that fits
 _KINDS = [
-    (types.FunctionType, _Walk.function), (plum.Function, _Walk.dispatched), (types.MethodType, _Walk.method), (types.ModuleType, _Walk.module),
-    ((types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType), _Walk.builtin),
-    ((types.GenericAlias, types.UnionType), lambda w, o: w.see_all('alias', [getattr(o, '__origin__', None), o.__args__])),
+    (types.FunctionType, _Walk.function), (plum.Function, _Walk.dispatched), (types.MethodType, _Walk.method),
+    (types.ModuleType, _Walk.module),
+    ((types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType),
+    _Walk.builtin),
+    ((types.GenericAlias, types.UnionType), lambda w, o: w.see_all('alias',
+    [getattr(o, '__origin__', None), o.__args__])),
     (type, _Walk.cls),
     ((staticmethod, classmethod), lambda w, o: w.see_all(type(o).__name__, [o.__func__])),
     (property, lambda w, o: w.see_all('property', [o.fget, o.fset, o.fdel])),
@@ -273,9 +297,11 @@ _KINDS = [
     (types.CodeType, lambda w, o: w.code(o, {})),
     (nn.Module, _Walk.net), (torch.Tensor, _Walk.tensor), (np.ndarray, _Walk.array),
     (torch.Generator, lambda w, o: w.tensor(o.get_state())),
-    (np.generic, lambda w, o: w.put('number', str(o.dtype), o.tobytes())), (np.dtype, lambda w, o: w.put('dtype', str(o.descr))),
+    (np.generic, lambda w, o: w.put('number', str(o.dtype), o.tobytes())),
+    (np.dtype, lambda w, o: w.put('dtype', str(o.descr))),
     (PurePath, lambda w, o: w.put('path', str(o))), (Sample, _Walk.item),
     ((list, deque, L, tuple), _Walk.list), ((dict, types.MappingProxyType), _Walk.dict), ((set, frozenset), _Walk.set),
     ((int, float, complex, str, bytes, bytearray), _Walk.scalar),
-    (object, lambda w, o: w.image(o) if hasattr(o, 'getpixel') and hasattr(o, 'tobytes') else w.see_all('cached', [o.__wrapped__]) if hasattr(o, 'cache_parameters') else w.instance(o)),
+    (object, lambda w, o: w.image(o) if hasattr(o, 'getpixel') and hasattr(o, 'tobytes')
+    else w.see_all('cached', [o.__wrapped__]) if hasattr(o, 'cache_parameters') else w.instance(o)),
 ]

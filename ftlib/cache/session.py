@@ -9,13 +9,15 @@ __all__ = ['FeatureSession', 'loader_of', 'held_session', 'on_features']
 import time
 from contextlib import contextmanager
 
-from .features import NOTHING_FROZEN, STORE, FeatureDL, cached_features, image_names, is_random, targets_of, why_not_cached
+from .features import (
+    NOTHING_FROZEN, STORE, FeatureDL, cached_features, image_names, is_random, targets_of, why_not_cached)
 from ..errors import IdentityError, StoreError
 from ..system.console import shows_bars
 
 # %% ../../nbs/34_cache.session.ipynb #068dd451
 class FeatureSession:
-    "Where the batches of a fit start: at which stage of the network, and from which loaders of features. `learn.features` is the current one, or None"
+    """Where the batches of a fit start: at which stage of the network, and from which loaders of features.
+    `learn.features` is the current one, or None"""
     def __init__(self,
         net,           # A `Network` with frozen stages
         loaders=(),    # Pairs of a loader of images and a `FeatureDL` in its place
@@ -34,9 +36,10 @@ class FeatureSession:
     def bytes(self): return sum(v.nbytes for _, dl in self.pairs for v in dl.views)
 
     def __repr__(self):
-        return f'FeatureSession(after {self.stage} of {len(self.net.stages)} stages: {"×".join(map(str, self.shape))}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s)'
+        return (f'FeatureSession(after {self.stage} of {len(self.net.stages)} stages: '
+                f'{"×".join(map(str, self.shape))}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s)')
 
-
+# %% ../../nbs/34_cache.session.ipynb #b4142f4f
 def loader_of(
     learn,  # A learner
     dl,     # One of its loaders
@@ -45,7 +48,7 @@ def loader_of(
     session = getattr(learn, 'features', None)
     return dl if session is None else session.loader(dl)
 
-
+# %% ../../nbs/34_cache.session.ipynb #75a3a84c
 @contextmanager
 def held_session(
     learn,         # A learner
@@ -56,7 +59,7 @@ def held_session(
     try: yield session
     finally: learn.features = before
 
-
+# %% ../../nbs/34_cache.session.ipynb #4db66cea
 @contextmanager
 def on_features(
     learn,             # A learner
@@ -66,16 +69,19 @@ def on_features(
     views:int=1,       # Number of cached random augmentations of each image
     store=STORE,       # Where features are stored
 ):
-    "Context manager in which the learner has a `FeatureSession`, if features can be used; yields it, or None. `learn.dls` is not changed."
+    """Context manager in which the learner has a `FeatureSession`, if features can be used; yields it, or None.
+    `learn.dls` is not changed."""
     why, session = why_not_cached(learn, cbs), None
     if not why:
         try: session = _session(learn, train, valid, views, store)
         except IdentityError as e: why = str(e)
-        except StoreError as e: why = f'there is no space for features in memory, and they cannot be stored on the disk ({e})'
-    if why and why != NOTHING_FROZEN: print(f'Features are not cached, the frozen stages are computed in each epoch: {why}.')
+        except StoreError as e:
+            why = f'there is no space for features in memory, and they cannot be stored on the disk ({e})'
+    if why and why != NOTHING_FROZEN:
+        print(f'Features are not cached, the frozen stages are computed in each epoch: {why}.')
     with held_session(learn, session): yield session
 
-
+# %% ../../nbs/34_cache.session.ipynb #61a50964
 def _session(learn, train, valid, views, store):
     "A session with loaders of features for those of the learner's that will be used; None if there are none"
     net, pairs, start = learn.model, [], time.perf_counter()

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ..system.files import cache_folder, checksum, own_files, own_folder, read_list, evict_lru, write_list, atomic_write
+from ..system.files import (
+    cache_folder, checksum, own_files, own_folder, read_list, evict_lru, write_list, atomic_write)
 from ..data.cache import digest
 from ..errors import StoreError
 
@@ -29,7 +30,8 @@ class Features:
     ): self.cache_key, self.blocks, self.files, self.index, self.mapped = cache_key, [], [], {}, 0
 
     def add(self, names, block, file=None):
-        "Add a `block` whose rows are the images `names`, '' for a row that is none; `file` is open where the block is mapped"
+        """Add a `block` whose rows are the images `names`, '' for a row that is none; `file` is open where the block
+        is mapped"""
         self.index.update({n: (len(self.blocks), r) for r, n in enumerate(names) if n})
         self.blocks.append(block)
         self.files.append(file)
@@ -48,10 +50,14 @@ class Features:
         return torch.tensor([self.index[n] for n in names]).reshape(-1, 2)
 
     def take(self, places) -> torch.Tensor:  # Features, one row per place
-        "The features at `places`. Raises `OSError` where another program has cut a file short: to read on would end the process"
-        if self.mapped and not self.is_whole(): raise OSError(errno.EIO, 'cached features were cut short by another program; fit again, and they are computed anew', self.cache_key)
+        """The features at `places`. Raises `OSError` where another program has cut a file short: to read on would end
+        the process"""
+        if self.mapped and not self.is_whole():
+            raise OSError(errno.EIO, 'cached features were cut short by another program; fit again, and they are '
+                          'computed anew', self.cache_key)
         blocks, rows = places.unbind(1)
-        if len(self.blocks) == 1 or (blocks == blocks[0]).all(): return self.blocks[int(blocks[0])].index_select(0, rows)
+        if len(self.blocks) == 1 or (blocks == blocks[0]).all():
+            return self.blocks[int(blocks[0])].index_select(0, rows)
         out = self.blocks[0].new_empty(len(rows), *self.blocks[0].shape[1:])
         for b in blocks.unique().tolist(): out[blocks == b] = self.blocks[b].index_select(0, rows[blocks == b])
         return out
@@ -67,17 +73,19 @@ class Features:
 def free_memory() -> int:  # Bytes
     "Available memory, without swapping"
     try: lines = Path('/proc/meminfo').read_text().splitlines()
-    except OSError: return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2 if hasattr(os, 'sysconf') else 4 << 30
+    except OSError:
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2 if hasattr(os, 'sysconf') else 4 << 30
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith('MemAvailable'))
 
-
+# %% ../../nbs/32_cache.store.ipynb #ce161417
 def _claim(f, nbytes):
     "Allocate the file now: a mapped file on a full disk would kill the process later"
     if hasattr(os, 'posix_fallocate'): return os.posix_fallocate(f.fileno(), 0, nbytes)
     f.truncate(nbytes)
-    if shutil.disk_usage(Path(f.name).parent).free < nbytes: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f.name)
+    if shutil.disk_usage(Path(f.name).parent).free < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f.name)
 
-
+# %% ../../nbs/32_cache.store.ipynb #d6073ea3
 class FeatureStore:
     "Allocate blocks for features, in memory or on the disk, and find existing ones"
     def __init__(self,
@@ -107,11 +115,14 @@ class FeatureStore:
         if found is None: return
         about, file = found
         try:
-            names, sums, shape, dtype = about['names'], about['sums'], [int(n) for n in about['shape']], getattr(torch, about['dtype'])
-            if not all(isinstance(n, str) for n in names) or not len(names) == len(sums) == shape[0] or about['bytes'] != prod(shape) * dtype.itemsize: raise ValueError
+            names, sums, shape, dtype = about['names'], about['sums'], [int(n) for n in about['shape']], getattr(torch,
+                about['dtype'])
+            if not all(isinstance(n, str) for n in names) or not (
+                len(names) == len(sums) == shape[0]) or about['bytes'] != prod(shape) * dtype.itemsize: raise ValueError
             block = torch.from_file(str(listed.with_suffix('.bin')), True, prod(shape), dtype=dtype).view(shape)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError): return file.close()
-        features.add([n if checksum(_bytes(row)) == known else '' for n, row, known in zip(names, block, sums)], block, file)
+        features.add([n if checksum(_bytes(row)) == known else '' for n, row, known in zip(names, block, sums)], block,
+                     file)
 
     @property
     def used(self): return sum(f.in_memory for f in self.alive)
@@ -131,7 +142,8 @@ class FeatureStore:
         shape,                 # Of the features of one image
         dtype=torch.bfloat16,
     ):
-        "Context manager that gives a tensor to fill; at the end its rows are added to the features. Raises `OSError` if the disk is full."
+        """Context manager that gives a tensor to fill; at the end its rows are added to the features. Raises `OSError`
+        if the disk is full."""
         shape = (len(names), *shape)
         if self.has_room(prod(shape) * dtype.itemsize):
             block = torch.empty(shape, dtype=dtype)
@@ -151,9 +163,11 @@ class FeatureStore:
             except OSError as e: raise StoreError(e.errno, e.strerror, str(self.folder)) from e
             block, file = torch.from_file(f.name, True, prod(shape), dtype=dtype).view(shape), open(f.name, 'rb')
             yield block
-        features.add(names, block, file)  # what is mapped stays, also where the file could not be put in its place, or is deleted
-        about = dict(bytes=nbytes, shape=shape, dtype=str(dtype).removeprefix('torch.'), names=list(names), sums=[checksum(_bytes(row)) for row in block])
+        # what is mapped stays, also where the file could not be put in its place, or is deleted
+        features.add(names, block, file)
+        about = dict(bytes=nbytes, shape=shape, dtype=str(dtype).removeprefix('torch.'), names=list(names),
+                     sums=[checksum(_bytes(row)) for row in block])
         write_list(data.with_suffix('.json'), about)
 
-
+# %% ../../nbs/32_cache.store.ipynb #eccc29e2
 def _bytes(row): return row.contiguous().flatten().view(torch.uint8).numpy()

@@ -17,23 +17,29 @@ from ..system.libraries import is_library_class
 # %% ../../nbs/31_cache.uses_images.ipynb #b69c57d9
 # `uses_images` of fastai's callbacks
 FASTAI_USES_IMAGES = {
-    **dict.fromkeys([TrainEvalCallback, CastToTensor, Recorder, SkipToEpoch, progress.ProgressCallback, progress.ShowGraphCallback, progress.CSVLogger,
-                     schedule.ParamScheduler, tracker.TerminateOnNaNCallback, tracker.TrackerCallback, tracker.EarlyStoppingCallback, tracker.SaveModelCallback,
-                     tracker.ReduceLROnPlateau, fp16.MixedPrecision, training.ShortEpochCallback, training.GradientAccumulation, training.GradientClip,
+    **dict.fromkeys([TrainEvalCallback, CastToTensor, Recorder, SkipToEpoch, progress.ProgressCallback,
+    progress.ShowGraphCallback, progress.CSVLogger,
+                     schedule.ParamScheduler, tracker.TerminateOnNaNCallback, tracker.TrackerCallback,
+                     tracker.EarlyStoppingCallback, tracker.SaveModelCallback,
+                     tracker.ReduceLROnPlateau, fp16.MixedPrecision, training.ShortEpochCallback,
+                     training.GradientAccumulation, training.GradientClip,
                      training.BnFreeze], False),
     **dict.fromkeys([MixHandler, HookCallback], True),
 }
 
-
+# %% ../../nbs/31_cache.uses_images.ipynb #6090bfd3
 def uses_images(
     cb,  # A callback
 ) -> bool|None:  # None if it is not declared
     "Does the callback need images? By the attribute `uses_images` of its class, or by the table for fastai's."
-    if isinstance(cb, (GatherPredsCallback, FetchPredsCallback)) and is_library_class(type(cb)): return bool(cb.with_input)
+    if isinstance(cb, (GatherPredsCallback, FetchPredsCallback)) and is_library_class(type(cb)):
+        return bool(cb.with_input)
     for owner in (cb, *type(cb).__mro__):
         for name in ('uses_images', 'images'):  # the second is the old name
             if vars(owner).get(name) is not None: return bool(vars(owner)[name])
         if owner in FASTAI_USES_IMAGES: return FASTAI_USES_IMAGES[owner]
         # A declaration of a base class does not cover code that a subclass of the user's adds
-        if isinstance(owner, type) and not is_library_class(owner) and any(callable(v) for k, v in vars(owner).items() if not k.startswith('__')): return None
+        if isinstance(owner, type) and not is_library_class(owner) and any(callable(v) for k,
+            v in vars(owner).items() if not k.startswith('__')):
+            return None
     return None

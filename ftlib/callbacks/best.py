@@ -17,16 +17,17 @@ def _state_of(model):
     "A copy of all weights and statistics on the CPU"
     return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
 
-
+# %% ../../nbs/52_callbacks.best.ipynb #9f41a78b
 def stopped_with(
     weights:str,  # Which they are, as `BestWeights.describe` says it
 ) -> str:
     "What a training that was stopped by Ctrl-C says."
     return f'Training was stopped. The learner holds the best weights so far: {weights}. Fit again to go on from there.'
 
-
+# %% ../../nbs/52_callbacks.best.ipynb #1c7b79ac
 class BestWeights(Callback):
-    "Keep the weights of the best epoch over all fits of a network, by validation loss and by each metric that declares its direction."
+    """Keep the weights of the best epoch over all fits of a network, by validation loss and by each metric that
+    declares its direction."""
     order, uses_images = 60, False  # after the history, whose rows it reads
     _stateattrs = 'best', 'states', 'judged'  # not part of an exported learner
     best, states, judged, stepped = {}, {}, None, False
@@ -35,7 +36,8 @@ class BestWeights(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
         self.stepped = self.trained = False
-        judged = self.learn.model, getattr(self.learn.dls.valid, 'dataset', None) if len(self.learn.dls.loaders) > 1 else None
+        judged = self.learn.model, getattr(self.learn.dls.valid, 'dataset',
+                                           None) if len(self.learn.dls.loaders) > 1 else None
         # scores of another network, or on other images, cannot be compared
         if self.judged is not None and any(a is not b for a, b in zip(self.judged, judged)): self.forget()
         self.judged = judged
@@ -55,7 +57,8 @@ class BestWeights(Callback):
         row = self.learn.epoch_log.rows[-1]
         at, better = (row['phase'], row['epoch']), [c for c in self.lower(row) if self._is_better(c, row)]
         if not better: return
-        self.best = {**self.best, **{c: dict(value=float(row[c]), valid_loss=float(row['valid_loss']), at=at) for c in better}}
+        self.best = {**self.best, **{c: dict(value=float(row[c]), valid_loss=float(row['valid_loss']), at=at)
+                                     for c in better}}
         used = {b['at'] for b in self.best.values()}
         self.states = {**{k: v for k, v in self.states.items() if k in used}, at: _state_of(self.learn.model)}
 
@@ -68,7 +71,8 @@ class BestWeights(Callback):
     def _is_better(self, column, row):
         "Is the row better than all before? Ties of a metric are decided by the loss"
         sign, value, old = 1 if self.lower(row)[column] else -1, row[column], self.best.get(column)
-        if not np.isfinite([float(value), float(row['valid_loss'])]).all(): return False  # NaN or infinity, whatever the accuracy
+        # NaN or infinity, whatever the accuracy
+        if not np.isfinite([float(value), float(row['valid_loss'])]).all(): return False
         return old is None or (sign * value, row['valid_loss']) < (sign * old['value'], old['valid_loss'])
 
     @property

@@ -14,7 +14,8 @@ from ..errors import TrainError
 # %% ../../nbs/55_callbacks.ema.ipynb #f3e8bab1
 def _floats(model):
     "Trainable weights and statistics, by name"
-    return {k: v for k, v in model.state_dict(keep_vars=True).items() if v.is_floating_point() and (v.requires_grad or not isinstance(v, torch.nn.Parameter))}
+    return {k: v for k, v in model.state_dict(keep_vars=True).items() if v.is_floating_point()
+            and (v.requires_grad or not isinstance(v, torch.nn.Parameter))}
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def _put(model, weights):
     there = _floats(model)
     for k, v in weights.items(): there[k].copy_(v)
 
-
+# %% ../../nbs/55_callbacks.ema.ipynb #c3042783
 class EMA(Callback):
     "Exponential moving average of the weights, which replaces them after each training pass."
     order, run_valid, uses_images = 62, False, False  # before callbacks that keep the best weights
@@ -30,7 +31,9 @@ class EMA(Callback):
     def __init__(self,
         decay:float=.999,  # Weight of the old average at each step; smaller at first: (1 + n) / (10 + n) after n steps
     ):
-        if not 0 < decay < 1: raise TrainError(f'decay={decay!r} is the weight of the old average at each step: give a number between 0 and 1.')
+        if not 0 < decay < 1:
+            raise TrainError(f'decay={decay!r} is the weight of the old average at each step: give a number between 0 '
+                             f'and 1.')
         self.decay, self.steps, self.average, self.own = decay, 0, None, None
 
     def before_fit(self):
@@ -45,7 +48,8 @@ class EMA(Callback):
     @torch.no_grad()
     def after_batch(self):
         now = {k: v.detach() for k, v in _floats(self.learn.model).items()}
-        if self.average is None or self.average.keys() != now.keys(): self.average, self.steps = {k: v.clone() for k, v in now.items()}, 0
+        if self.average is None or self.average.keys() != now.keys():
+            self.average, self.steps = {k: v.clone() for k, v in now.items()}, 0
         stays = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_([*self.average.values()], [*now.values()], 1 - stays)
         self.steps += 1
@@ -57,5 +61,6 @@ class EMA(Callback):
 
     def put_back(self, learn):
         "After a fit: replace the average in `learn` by the weights of the last step."
-        if self.own is None: raise TrainError('there are no weights to restore: no learner was trained with this callback.')
+        if self.own is None:
+            raise TrainError('there are no weights to restore: no learner was trained with this callback.')
         _put(learn.model, self.own)

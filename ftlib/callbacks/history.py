@@ -22,7 +22,7 @@ def _of_batch(learn):
     loss = learn.loss.detach()
     return loss.mean() if loss.ndim else loss
 
-
+# %% ../../nbs/50_callbacks.history.ipynb #9882aa5f
 class _SmoothLoss(fastai.learner.AvgSmoothLoss):
     "As in fastai, but on the device of the loss"
     def reset(self): self.count, self.val = 0, torch.zeros(())
@@ -31,14 +31,14 @@ class _SmoothLoss(fastai.learner.AvgSmoothLoss):
         loss = _of_batch(learn)
         self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-
+# %% ../../nbs/50_callbacks.history.ipynb #a27cfce4
 class _MeanLoss(fastai.learner.AvgLoss):
     "As in fastai, but on the device of the loss"
     def accumulate(self, learn):
         bs = find_bs(learn.yb)
         self.total, self.count = self.total + _of_batch(learn) * bs, self.count + bs
 
-
+# %% ../../nbs/50_callbacks.history.ipynb #03a4951e
 class Recorder(fastai.learner.Recorder):
     "fastai's `Recorder` that synchronises with the device once per epoch, not at each step."
     _stateattrs = *fastai.learner.Recorder._stateattrs, '_brought', '_lying', 'found_lrs'
@@ -48,7 +48,8 @@ class Recorder(fastai.learner.Recorder):
         self.loss, self.smooth_loss = _MeanLoss(), _SmoothLoss(beta=beta)
 
     def plot_lr_find(self, skip_end=5, return_fig=True, suggestions=None, nms=None, **kwargs):
-        "The last sweep of `learn.lr_find` (fastai's arguments choose nothing: the whole curve is drawn, with its points). Gives the figure."
+        """The last sweep of `learn.lr_find` (fastai's arguments choose nothing: the whole curve is drawn, with its
+        points). Gives the figure."""
         if self.found_lrs is None: raise ValueError('there was no sweep yet: learn.lr_find().')
         return self.found_lrs.plot().figure
 
@@ -121,7 +122,7 @@ class EpochLog(Callback):
         "One row per training step: phase, epoch, loss, lr."
         return pd.DataFrame(self.step_rows)
 
-
+# %% ../../nbs/50_callbacks.history.ipynb #c1887f88
 def _unique(names):
     "Make column names unique: the second metric with the same name gets a number."
     seen = {}
@@ -154,10 +155,11 @@ def plot_history(
         for b in borders: ax.axvline(b, color='grey', ls=':', lw=1)
     return fig
 
+# %% ../../nbs/50_callbacks.history.ipynb #18f7dafc
+_not_metrics = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds',
+                'fill_bytes')
 
-_not_metrics = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds', 'fill_bytes')
-
-
+# %% ../../nbs/50_callbacks.history.ipynb #855f67a2
 def _epoch_ends(epochs, steps):
     "Number of steps at the end of each epoch"
     return steps.groupby(['phase', 'epoch'], sort=False).size().cumsum().tolist()

@@ -23,7 +23,7 @@ class _Number:
     def __init__(self, value): self.value = value
     def __str__(self): return f'{float(self.value):.4f}'
 
-
+# %% ../../nbs/51_callbacks.progress.ipynb #25cb33d6
 class Progress(ProgressCallback):
     "fastai's progress bars in notebooks and terminals; elsewhere a header and one line per epoch."
     hidden = False  # print lines in notebooks and terminals too
@@ -39,7 +39,8 @@ class Progress(ProgressCallback):
 
     def before_epoch(self):
         if not self.bars: return
-        if self.learn.epoch and not self.shown: self.mbar.update(0)  # a bar begins at 0, also where the first epochs are left out
+        # a bar begins at 0, also where the first epochs are left out
+        if self.learn.epoch and not self.shown: self.mbar.update(0)
         self.shown = True
         super().before_epoch()
 

@@ -19,7 +19,8 @@ from ..persist.transaction import load_training_state, training_state
 
 # %% ../../nbs/54_callbacks.stopping.ipynb #f17ad5a5
 class EarlyStopping(MonitorCallback):
-    "Stop after `patience` epochs without improvement, counted only once the learning rate is below 25 % of its peak; restores the best weights (Prechelt 1998)."
+    """Stop after `patience` epochs without improvement, counted only once the learning rate is below 25 % of its peak;
+    restores the best weights (Prechelt 1998)."""
     _stateattrs, kept = ('kept',), None  # the best weights are not part of an exported learner
     patience_lr_frac = .25  # fraction of the schedule's peak below which patience counts
 
@@ -32,8 +33,10 @@ class EarlyStopping(MonitorCallback):
         cooldown:int=0,            # Epochs to continue from the best weights, with a learning rate that decays to zero
     ):
         super().__init__(monitor, min_delta, mode)
-        if not isinstance(patience, (int, np.integer)) or patience < 1: raise TrainError(f'patience={patience!r} epochs: 1 or more.')
-        self.patience, self.restore_best, self.restores_best, self.cooldown = patience, restore_best, restore_best, cooldown
+        if not isinstance(patience, (int, np.integer)) or patience < 1:
+            raise TrainError(f'patience={patience!r} epochs: 1 or more.')
+        self.patience, self.restore_best, self.restores_best, self.cooldown = (patience, restore_best, restore_best,
+            cooldown)
         self.stopped_at = None
 
     def before_fit(self):
@@ -65,10 +68,12 @@ class EarlyStopping(MonitorCallback):
 
     def _stop(self, epoch):
         self.stopped_at = epoch
-        if self.best is None: said = f'Epoch {epoch}: {self.monitor} was not finite for {self.waited} epochs; use a lower learning rate'
+        if self.best is None:
+            said = f'Epoch {epoch}: {self.monitor} was not finite for {self.waited} epochs; use a lower learning rate'
         else: said = f'Epoch {epoch}: {self.monitor} has not improved on {self.best:.4g} for {self.waited} epochs'
         last = min(epoch + self.cooldown, self.learn.n_epoch - 1)
-        if last == epoch or self.kept is None or self.kept['opt'] is None:  # the learning rates of an earlier fit are not those of this one
+        # the learning rates of an earlier fit are not those of this one
+        if last == epoch or self.kept is None or self.kept['opt'] is None:
             say(self.learn, f'{said}; stopping.')
             raise CancelFitException
         say(self.learn, f'{said}; {last - epoch} more epochs from the best weights, with a decaying learning rate.')
@@ -98,11 +103,13 @@ class EarlyStopping(MonitorCallback):
         else:
             self.learn.model.load_state_dict(self.kept['model'])
             self.learn.opt.clear_state()  # the momenta belong to other weights
-        say(self.learn, f'Restored the weights of epoch {self.best_at[1]} of phase {self.best_at[0]}: {self.monitor} {self.best:.4g}.')
+        say(self.learn, f'Restored the weights of epoch {self.best_at[1]} of phase {self.best_at[0]}: {self.monitor} '
+            f'{self.best:.4g}.')
 
 # %% ../../nbs/54_callbacks.stopping.ipynb #cb0b5e80
 class RecoverFromNaN(Callback):
-    "When the loss is not finite, restore the last finite weights and continue with a lower learning rate. Raises `TrainError` after `max_restarts`."
+    """When the loss is not finite, restore the last finite weights and continue with a lower learning rate. Raises
+    `TrainError` after `max_restarts`."""
     order, run_valid, uses_images = 64, False, False  # after the schedule
     _stateattrs, good = ('good',), None
 
@@ -111,7 +118,8 @@ class RecoverFromNaN(Callback):
         max_restarts:int=3,      # Restarts per fit
         check_every:int=16,     # Steps between checks of the loss
     ):
-        if lr_divisor <= 1: raise TrainError(f'lr_divisor={lr_divisor!r} divides the learning rate: give a number above 1.')
+        if lr_divisor <= 1:
+            raise TrainError(f'lr_divisor={lr_divisor!r} divides the learning rate: give a number above 1.')
         self.lr_divisor, self.max_restarts, self.check_every = lr_divisor, max_restarts, check_every
 
     def before_fit(self):
@@ -140,9 +148,11 @@ class RecoverFromNaN(Callback):
         self.learn.recorder.smooth_loss.reset()  # a NaN would stay in it
         self.happened += 1
         if self.happened > self.max_restarts:
-            raise TrainError(f'the loss became NaN {self.happened} times, the last time at a learning rate of {self.learn.opt.hypers[-1]["lr"]:.1e}: '
+            raise TrainError(f'the loss became NaN {self.happened} times, the last time at a learning rate of '
+                             f'{self.learn.opt.hypers[-1]["lr"]:.1e}: '
                              'use a lower learning rate; `learn.lr_find()` suggests one.')
         self.share /= self.lr_divisor
         rates.factor('nan recovery', self.share)
-        say(self.learn, f'Epoch {self.learn.epoch}: loss became NaN; restored the last finite weights, learning rates × {self.share:g} from now on.')
+        say(self.learn, f'Epoch {self.learn.epoch}: loss became NaN; restored the last finite weights, learning rates '
+            f'× {self.share:g} from now on.')
         return True

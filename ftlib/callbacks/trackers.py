@@ -27,7 +27,8 @@ import pandas as pd
 # %% ../../nbs/53_callbacks.trackers.ipynb #06c17e1a
 class MonitorCallback(Callback):
     "Base class: tracks the best value of `monitor` over all fits and calls `on_score(better)` after each epoch."
-    guesses = False  # does it go by the name of a metric that doesn't declare its direction, as fastai's of the same name?
+    # does it go by the name of a metric that doesn't declare its direction, as fastai's of the same name?
+    guesses = False
     restores_best = False  # does it restore the best weights at the end of a fit?
     order, uses_images = 63, False  # after the history, whose rows it reads, and after the schedule
 
@@ -42,7 +43,9 @@ class MonitorCallback(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
-        if not hasattr(self.learn, 'epoch_log'): raise TrainError(f"{type(self).__name__} reads the history of ftlib's learner, and this is fastai's: use fastai's callback of that name, or ftlib's `Learner`.")
+        if not hasattr(self.learn, 'epoch_log'):
+            raise TrainError(f"{type(self).__name__} reads the history of ftlib's learner, and this is fastai's: use "
+                             f"fastai's callback of that name, or ftlib's `Learner`.")
         check_validated(self.learn, self.monitor, type(self).__name__)
         # the best value of another network does not count
         self.lower, self.trained = lower_is_better(self.learn, self.monitor, self.mode, self.guesses), False
@@ -55,7 +58,8 @@ class MonitorCallback(Callback):
         "The best epoch of earlier fits in `learn.best_weights`, or None"
         kept = getattr(self.learn, 'best_weights', None)
         best = None if kept is None else kept.best.get(self.monitor)
-        if best is None or best['at'] not in kept.states or self.mode not in (None, 'min' if self.lower else 'max'): return None
+        if best is None or best['at'] not in kept.states or self.mode not in (None, 'min' if self.lower else 'max'):
+            return None
         return best | dict(state=kept.states[best['at']])
 
     def _take_over(self, earlier):
@@ -74,7 +78,7 @@ class MonitorCallback(Callback):
 
     def on_score(self, better): raise NotImplementedError
 
-
+# %% ../../nbs/53_callbacks.trackers.ipynb #5d321007
 _COMP = {np.less: 'min', np.greater: 'max', None: None}  # fastai's argument for the direction
 
 # %% ../../nbs/53_callbacks.trackers.ipynb #dc999e1f
@@ -92,7 +96,8 @@ class ReduceLROnPlateau(MonitorCallback):
         mode:str|None=None,        # 'min' or 'max', for a metric that does not declare its direction
     ):
         super().__init__(monitor, min_delta, mode or _COMP.get(comp, comp))
-        if not isinstance(patience, (int, np.integer)) or patience < 1: raise TrainError(f'patience={patience!r}: give 1 epoch or more.')
+        if not isinstance(patience, (int, np.integer)) or patience < 1:
+            raise TrainError(f'patience={patience!r}: give 1 epoch or more.')
         if factor <= 1: raise TrainError(f'factor={factor!r} divides the learning rate: give a number above 1.')
         self.patience, self.factor, self.min_lr, self.reset_on_fit = patience, factor, min_lr, reset_on_fit
 
@@ -110,7 +115,8 @@ class ReduceLROnPlateau(MonitorCallback):
         if share == 1: return
         self.share *= share
         rates_of(self.learn).factor('plateau', self.share)
-        say(self.learn, f'Epoch {self.learn.epoch}: {self.monitor} has not improved, learning rate {lr:.2e} → {lr * share:.2e}')
+        say(self.learn, f'Epoch {self.learn.epoch}: {self.monitor} has not improved, learning rate {lr:.2e} → '
+            f'{lr * share:.2e}')
 
 # %% ../../nbs/53_callbacks.trackers.ipynb #fda140d5
 class SaveModelCallback(MonitorCallback):
@@ -124,17 +130,20 @@ class SaveModelCallback(MonitorCallback):
         every_epoch:bool|int=False, # Save after each epoch (or every so many) instead, as `{fname}_{epoch}`
         at_end:bool=False,         # Save at the end of the fit instead
         with_opt:bool=False,       # Save the optimizer too
-        reset_on_fit:bool=False,   # Each fit has its own best value; by default the best of all fits of a network counts
+        # Each fit has its own best value; by default the best of all fits of a network counts
+        reset_on_fit:bool=False,
         mode:str|None=None,        # 'min' or 'max', for a metric that does not declare its direction
     ):
         super().__init__(monitor, min_delta, mode or _COMP.get(comp, comp))
         if every_epoch and at_end: raise TrainError('every_epoch and at_end exclude each other: give one of them.')
-        self.fname, self.every_epoch, self.at_end, self.with_opt, self.reset_on_fit = fname, every_epoch, at_end, with_opt, reset_on_fit
+        self.fname, self.every_epoch, self.at_end, self.with_opt, self.reset_on_fit = (fname, every_epoch, at_end,
+            with_opt, reset_on_fit)
         self.last_saved_path, self.saved_at, self.restores_best = None, None, not (every_epoch or at_end)
 
     def before_fit(self):
         super().before_fit()
-        if self.run and (self.reset_on_fit or self.best is None): self.best = self.last_saved_path = self.saved_at = None
+        if self.run and (self.reset_on_fit or self.best is None):
+            self.best = self.last_saved_path = self.saved_at = None
         self.ended_at = None  # no epoch of this fit is finished
 
     def _take_over(self, earlier):
@@ -158,7 +167,8 @@ class SaveModelCallback(MonitorCallback):
                 self.last_saved_path = join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')
                 with atomic_write(self.last_saved_path) as f: torch.save(state, f)
             self.saved_at = self.ended_at
-        except OSError as e: warnings.warn(f'could not save the weights of epoch {self.learn.epoch} ({e}). Training continues.')
+        except OSError as e:
+            warnings.warn(f'could not save the weights of epoch {self.learn.epoch} ({e}). Training continues.')
 
     def after_fit(self):
         if not self.run or self.ended_at is None: return

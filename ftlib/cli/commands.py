@@ -28,7 +28,7 @@ def _learner(source, arch, weights, data):
     learn.model.to(memory_format=torch.channels_last)
     return learn
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #07a49d1a
 def _bundled(source, path, data):
     "A learner out of a bundle, over data for a command"
     os.environ.setdefault("MPLBACKEND", "agg")
@@ -39,7 +39,7 @@ def _bundled(source, path, data):
     print(dls.summary().to_string(), end="\n\n")
     return learner_of(path, dls, metrics=accuracy)
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #d6f23e6b
 def _data(args):
     "Arguments of `image_data` from the command line"
     return {name: getattr(args, name) for name in ("size", "valid", "seed", "bs")}
@@ -57,7 +57,7 @@ def _csv(table, path):
     from ftlib.system.tables import write_csv
     write_csv(table, path)
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #4f581760
 def _report(run, out):
     "Print the tables of a run and save everything"
     print("\nby class (validation images)\n" + _classes(run.report))
@@ -66,20 +66,22 @@ def _report(run, out):
     print(f"\ntop-1 {run.top1:.4f} in {run.summary['seconds'].iloc[-1]:.0f} s")
     print(f"written to {out}: {', '.join(p.name for p in run.save(out))}")
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #54965866
 def _classes(report):
     "Per-class scores as text, one line per class"
-    return report.per_class.drop(columns=["recall low", "recall high", "precision low", "precision high"]).round(3).to_string(index=False)
+    return report.per_class.drop(columns=["recall low", "recall high", "precision low",
+                                          "precision high"]).round(3).to_string(index=False)
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #2479fdc7
 def _detection(learn, wanted):
     "Print how many test images of a class are found, with the threshold chosen on the validation set"
     from ftlib.evaluate.threshold import choose_threshold, detection
     test, threshold = learn.evaluate("test"), choose_threshold(learn.evaluate(), wanted)
     print(f"\ntest set, not used for training or for any choice\n{test}")
-    print(f"\n{wanted!r} from a probability of {threshold:.2f} on, chosen on the validation set\n{detection(test, wanted, threshold).round(3).to_string()}")
+    print(f"\n{wanted!r} from a probability of {threshold:.2f} on, chosen on the validation "
+          f"set\n{detection(test, wanted, threshold).round(3).to_string()}")
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #4861f314
 def demo(args):
     "Run the whole pipeline on a small dataset"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -92,15 +94,16 @@ def demo(args):
     _report(fine_tune_run(learn, demo.epochs), args.out)
     if demo.wanted: _detection(learn, demo.wanted)
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #42512274
 def train(args):
     "Find the learning rate, train the head, fine-tune, save all results"
     args.out.mkdir(parents=True, exist_ok=True)
     from ftlib.experiment.pipeline import fine_tune_run
     learn = _learner(args.folder, args.arch, args.weights, _data(args))
-    _report(fine_tune_run(learn, args.epochs, args.freeze_epochs, args.lr, checkpoint=args.checkpoint, resume=args.resume), args.out)
+    _report(fine_tune_run(learn, args.epochs, args.freeze_epochs, args.lr, checkpoint=args.checkpoint,
+                          resume=args.resume), args.out)
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #a56c2aa0
 def lr_find(args):
     "Sweep the learning rate; write the curve as a table and as a plot"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -114,7 +117,7 @@ def lr_find(args):
     if found.clear: print(f"suggested for the network as it is: {found.suggested:.2e}")
     print(f"written to {args.out}: lr_find.csv, lr_find.png")
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #ddaf0886
 def evaluate(args):
     "Evaluate what `train` has written"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,7 @@ def evaluate(args):
     print(_classes(report) + f"\n\n{report}")
     print(f"written to {args.out}: {', '.join(p.name for p in report.save(args.out, title=str(args.folder)))}")
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #87e581f4
 def predict(args):
     "Classes of new images; their rows are written as they come"
     _place(args.csv)
@@ -138,7 +141,8 @@ def predict(args):
     from ftlib.system.files import atomic_write
     from ftlib.deploy.bundle import load_bundle
     from ftlib.deploy.predict import sort_into_folders
-    batches = load_bundle(args.model).predict_batches(args.source, top=args.top, bs=args.bs, threshold=args.threshold, progress=sys.stderr.isatty())
+    batches = load_bundle(args.model).predict_batches(args.source, top=args.top, bs=args.bs, threshold=args.threshold,
+                                                      progress=sys.stderr.isatty())
     counts, start = Counter(), perf_counter()
     with atomic_write(args.csv) if args.csv else nullcontext() as file:
         for table in batches:
@@ -147,40 +151,44 @@ def predict(args):
             _count(table, counts)
     print("\n".join(f"{n:>8,}  {name}" for name, n in counts.most_common()))
     n, written = counts.total() - counts["(cannot be read)"], [str(p) for p in (args.csv, args.copy_to) if p]
-    print(f"\n{n:,} images in {(s := perf_counter() - start):.1f} s, {n / s:.0f} images/s" + (f"; written to {' and '.join(written)}" if written else ""))
+    print(f"\n{n:,} images in {(s := perf_counter() - start):.1f} s, {n / s:.0f} images/s"
+          + (f"; written to {' and '.join(written)}" if written else ""))
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #a2fbc1f1
 def _append(table, file):
     "Writes rows of a CSV, the first of them with the names of the columns"
     from ftlib.system.tables import csv_text
     file.write(csv_text(table, header=not file.tell()))
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #c1c21789
 def _count(table, counts):
     "Adds the classes of a table to `counts`, and names the first five images that can't be read"
     unread = table["error"].notna()
-    for path, error in table.loc[unread, ["path", "error"]].head(max(0, 5 - counts["(cannot be read)"])).itertuples(index=False): print(f"{path}: {error}", file=sys.stderr)
+    for path, error in table.loc[unread, ["path", "error"]].head(max(0,
+        5 - counts["(cannot be read)"])).itertuples(index=False):
+        print(f"{path}: {error}", file=sys.stderr)
     counts.update(table["class"].mask(table["unsure"], "(unsure)").mask(unread, "(cannot be read)"))
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #b909ed92
 def info(args):
     "What a bundle says of itself"
     from ftlib.deploy.bundle import load_bundle
     print(load_bundle(args.model).card())
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #9582558f
 def serve(args):
     "A web page and an HTTP endpoint for a bundle, until the process is stopped"
     from ftlib.deploy.endpoint import serve
     from ftlib.deploy.uploads import Limits
-    serve(args.model, args.host, args.port, args.token, limits=Limits(images=args.most_images, at_once=args.at_once), page=not args.no_page)
+    serve(args.model, args.host, args.port, args.token, limits=Limits(images=args.most_images, at_once=args.at_once),
+          page=not args.no_page)
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #2b32986f
 def _arch(args):
     "Network and weights, as arguments of `recipes`"
     return dict(arch=args.arch, weights=None if args.weights == "none" else args.weights)
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #05bc5f2f
 def compare(args):
     "Compare training methods with several seeds"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -192,7 +200,8 @@ def compare(args):
     from ftlib.experiment.pipeline import save_figure
     dls = image_data(args.folder, **_data(args))
     print(dls.summary().to_string(), end="\n\n")
-    ways = probes(dls, args.probe, args.epochs) if args.probe else recipes(dls, **_arch(args), epochs=args.epochs, names=args.recipes)
+    ways = probes(dls, args.probe, args.epochs) if args.probe else recipes(dls, **_arch(args), epochs=args.epochs,
+        names=args.recipes)
     found = room.compare(ways, args.seeds, args.out / "runs", budget=args.budget)
     print(f"\n{found}\n\n{found.differences.round(4).to_string(index=False)}")
     write_csv(found.table, args.out / "table.csv", index=True, index_label="way")
@@ -201,7 +210,7 @@ def compare(args):
     save_figure(found.plot_curves, args.out / "curves.png")
     print(f"written to {args.out}: table.csv, differences.csv, accuracy.png, curves.png, runs")
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #65cd68c5
 def cv(args):
     "Cross-validation"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +218,8 @@ def cv(args):
     from ftlib.system.tables import write_csv
     from ftlib.experiment.crossval import cross_validate
     from ftlib.experiment.recipes import trainer
-    found = cross_validate(trainer(args.recipe, epochs=args.epochs, **_arch(args)), args.folder, args.k, seed=args.seed, folder=args.out / "runs", keep=False,
+    found = cross_validate(trainer(args.recipe, epochs=args.epochs, **_arch(args)), args.folder, args.k, seed=args.seed,
+    folder=args.out / "runs", keep=False,
                            size=args.size, bs=args.bs)
     print(f"\n{found}\n\n{found.report}")
     write_csv(found.out_of_fold, args.out / "out_of_fold.csv")
@@ -217,7 +227,7 @@ def cv(args):
     files = found.report.save(args.out, title=f"{args.folder}: out-of-fold predictions of every image")
     print(f"written to {args.out}: out_of_fold.csv, folds.csv, {', '.join(p.name for p in files)}, runs")
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #c570bf4b
 def audit(args):
     "List broken files, duplicates, leaks and small classes; returns 1 if there are any"
     _place(args.csv)
@@ -230,7 +240,7 @@ def audit(args):
     if len(found) > 20: print(f"… and {len(found) - 20} more" + ("" if args.csv else ": --csv FILE writes them all"))
     return 1
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #99ad5c39
 def models(args):
     "List names of networks; returns 1 if none matches"
     _place(args.csv)
@@ -240,7 +250,7 @@ def models(args):
     print(found.to_string(index=False) if len(found) else f"no model matches {args.pattern!r}")
     return 0 if len(found) else 1
 
-
+# %% ../../nbs/99b_cli.commands.ipynb #7677d48f
 def cache(args):
     "Show or clear the caches"
     from ftlib.system.files import cache_folder, cache_table, clear_cache

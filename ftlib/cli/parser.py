@@ -18,7 +18,8 @@ from .. import __version__
 
 # %% ../../nbs/99c_cli.parser.ipynb #282eb6e6
 EXAMPLES = {
-    "demo": "ftlib demo                      # solar cells if installed, else digits\nftlib demo --on digits --out runs/digits",
+    "demo": "ftlib demo                      # solar cells if installed, else digits\nftlib demo --on digits --out "
+            "runs/digits",
     "train": "ftlib train flowers --arch resnet18 --epochs 5\n"
              "ftlib train flowers --weights resnet18.pth --lr 2e-3 --size 128 --out runs/small\n"
              "ftlib train digits --arch cnn --size 28 --epochs 20",
@@ -38,7 +39,7 @@ EXAMPLES = {
     "cache": "ftlib cache\nftlib cache --clear",
 }
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #4d481421
 def build_parser() -> argparse.ArgumentParser:
     "The commands and their options"
     parser = argparse.ArgumentParser(
@@ -53,14 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
                "  130  stopped by Ctrl-C")
     parser.add_argument("--version", action="version", version=f"ftlib {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _predict_options, _info_options, _serve_options, _compare_options, _cv_options, _audit_options, _models_options, _cache_options): add(commands)
+    for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _predict_options, _info_options,
+                _serve_options, _compare_options, _cv_options, _audit_options, _models_options, _cache_options):
+        add(commands)
     return parser
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #9af8b4e8
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     "Help with unformatted examples and default values"
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #481c45b1
 def _command(commands, name, run, about):
     "Add a command with its examples"
     examples = "examples:\n" + "".join(f"  {line}\n" for line in EXAMPLES[name].splitlines())
@@ -69,133 +72,161 @@ def _command(commands, name, run, about):
     command.add_argument("--debug", action="store_true", help="show where an error came from")
     return command
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #6c69b764
 def _whole(text):
     "Parse an integer, 0 or more"
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
     return int(text)
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #928393fe
 def _rate(text):
     "Parse a learning rate: 'auto', or a number above zero"
     if text == "auto": return text
     try: rate = float(text)
     except ValueError: rate = -1
-    if not 0 < rate < float("inf"): raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor a number above zero")
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor a number above zero")
     return rate
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #82b76803
 def _data_options(command):
     "Options of the data"
     command.add_argument("folder", metavar="DIR", type=Path,
                          help="folder with one folder of images for each class, or a .csv with columns path and label")
     command.add_argument("--size", type=_whole, default=224, help="pixels per side")
     command.add_argument("--valid", type=float, default=.2, help="fraction for validation, if DIR has no valid/")
-    command.add_argument("--seed", type=_whole, default=42, help="seed of the split, the batches and the initial weights")
+    command.add_argument("--seed", type=_whole, default=42, help="seed of the split, the batches and the initial "
+                         "weights")
     command.add_argument("--bs", type=_whole, default=64, help="batch size")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #7bcd4ca2
 def _model_options(command):
     "Options of the network"
-    command.add_argument("--arch", default="resnet18", help="a name from 'ftlib models', or cnn: a small network trained from scratch")
+    command.add_argument("--arch", default="resnet18", help="a name from 'ftlib models', or cnn: a small network "
+                         "trained from scratch")
     command.add_argument("--weights", default="imagenet", metavar="PATH|imagenet|none",
                          help="a file of weights, the model's pretrained weights, or none")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #319f28d4
 def _demo_options(commands):
     command = _command(commands, "demo", do.demo, "Run the whole pipeline on a small dataset (under five minutes)")
     command.add_argument("--on", choices=["auto", "solar", "digits"], default="auto", help="the dataset")
     command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for tables, plots and weights")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #6784ba27
 def _train_options(commands):
-    command = _command(commands, "train", do.train, "Train the head, then the whole network, and keep the better of both; save tables, plots and weights")
+    command = _command(commands, "train", do.train, "Train the head, then the whole network, and keep the better of "
+                       "both; save tables, plots and weights")
     _data_options(command)
     _model_options(command)
     command.add_argument("--epochs", type=_whole, default=5, help="epochs of the whole network")
-    command.add_argument("--freeze-epochs", type=_whole, help="maximum number of epochs with the body frozen before fine-tuning (by default until the head stops improving; 0 with --weights none)")
-    command.add_argument("--lr", type=_rate, default="auto", help="learning rate of the head, or auto: found before each phase")
+    command.add_argument("--freeze-epochs", type=_whole, help="maximum number of epochs with the body frozen before "
+                         "fine-tuning (by default until the head stops improving; 0 with --weights none)")
+    command.add_argument("--lr", type=_rate, default="auto",
+                         help="learning rate of the head, or auto: found before each phase")
     command.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for tables, plots and weights")
     command.add_argument("--checkpoint", metavar="DIR", type=Path, help="write a checkpoint there after each epoch")
     command.add_argument("--resume", action="store_true", help="resume from the folder of --checkpoint")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #0e5a4595
 def _lr_find_options(commands):
-    command = _command(commands, "lr-find", do.lr_find, "Learning-rate finder: sweep the learning rate, print and plot the suggestion")
+    command = _command(commands, "lr-find", do.lr_find, "Learning-rate finder: sweep the learning rate, print and plot "
+                       "the suggestion")
     _data_options(command)
     _model_options(command)
     command.add_argument("--unfrozen", action="store_true", help="sweep with the whole network training")
     command.add_argument("--out", type=Path, default=Path("runs/lr_find"), help="folder for the curve, as CSV and PNG")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #7df33852
 def _evaluate_options(commands):
-    command = _command(commands, "evaluate", do.evaluate, "Evaluate a network: metrics with intervals, classes, errors, an HTML report")
+    command = _command(commands, "evaluate", do.evaluate, "Evaluate a network: metrics with intervals, classes, "
+                       "errors, an HTML report")
     _data_options(command)
-    command.add_argument("--model", "--weights", dest="weights", metavar="PATH", type=Path, default=Path("runs/train/model.ftl"), help="a bundle: what 'ftlib train' or learn.bundle() wrote; or a file of weights by an earlier 'ftlib train'")
+    command.add_argument("--model", "--weights", dest="weights", metavar="PATH", type=Path,
+                         default=Path("runs/train/model.ftl"),
+                         help="a bundle: what 'ftlib train' or learn.bundle() wrote; or a file of weights by an "
+                              "earlier 'ftlib train'")
     command.add_argument("--on", choices=["valid", "test", "all"], default="valid",
                          help="the validation set of 'ftlib train', the images in DIR/test, or all in DIR")
     command.set_defaults(size=None)
-    command.add_argument("--tta", type=_whole, default=0, help="test-time augmentation: number of augmented versions of each image to average with the plain one")
+    command.add_argument("--tta", type=_whole, default=0, help="test-time augmentation: number of augmented versions "
+                         "of each image to average with the plain one")
     command.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder for tables and the HTML page")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #4e5b1b9c
 def _predict_options(commands):
-    command = _command(commands, "predict", do.predict, "Classify new images: a folder, a pattern, a CSV file with a column path")
-    command.add_argument("source", metavar="IMAGES", help="a folder (with all folders in it), a pattern such as 'inbox/*.jpg', a .csv, or one image")
-    command.add_argument("--model", metavar="PATH", type=Path, default=Path("runs/train/model.ftl"), help="a bundle: what 'ftlib train' or learn.bundle() wrote")
+    command = _command(commands, "predict", do.predict, "Classify new images: a folder, a pattern, a CSV file with a "
+                       "column path")
+    command.add_argument("source", metavar="IMAGES", help="a folder (with all folders in it), a pattern such as "
+                         "'inbox/*.jpg', a .csv, or one image")
+    command.add_argument("--model", metavar="PATH", type=Path, default=Path("runs/train/model.ftl"),
+                         help="a bundle: what 'ftlib train' or learn.bundle() wrote")
     command.add_argument("--top", type=_whole, default=1, help="classes for each image, the most probable first")
-    command.add_argument("--threshold", type=float, help="mark answers of a lower probability as unsure (by default the bundle's own threshold)")
+    command.add_argument("--threshold", type=float, help="mark answers of a lower probability as unsure (by default "
+                         "the bundle's own threshold)")
     command.add_argument("--csv", type=Path, help="write one row for each image here")
     command.add_argument("--copy-to", metavar="DIR", type=Path, help="copy each image into a folder of its class there")
     command.add_argument("--bs", type=_whole, default=64, help="batch size")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #a95893b2
 def _info_options(commands):
     command = _command(commands, "info", do.info, "Show what a bundle says of itself: classes, figures, licence")
-    command.add_argument("model", metavar="PATH", type=Path, help="a bundle: what 'ftlib train' or learn.bundle() wrote")
+    command.add_argument("model", metavar="PATH", type=Path,
+                         help="a bundle: what 'ftlib train' or learn.bundle() wrote")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #186cd021
 def _serve_options(commands):
     command = _command(commands, "serve", do.serve, "Serve a web page and an HTTP endpoint that classify images")
-    command.add_argument("model", metavar="PATH", nargs="?", type=Path, default=Path("runs/train/model.ftl"), help="a bundle: what 'ftlib train' or learn.bundle() wrote")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is reached from other machines")
+    command.add_argument("model", metavar="PATH", nargs="?", type=Path, default=Path("runs/train/model.ftl"),
+                         help="a bundle: what 'ftlib train' or learn.bundle() wrote")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is reached from other "
+                         "machines")
     command.add_argument("--port", type=_whole, default=7860, help="port to listen at")
-    command.add_argument("--token", help="what every request must bring (by default $FTLIB_TOKEN; none if that is not set)")
+    command.add_argument("--token", help="what every request must bring (by default $FTLIB_TOKEN; none if that is not "
+                         "set)")
     command.add_argument("--no-page", action="store_true", help="only the endpoint for programs")
-    command.add_argument("--most-images", type=_whole, default=500, metavar="N", help="images in one request or zip file")
-    command.add_argument("--at-once", type=_whole, default=2, metavar="N", help="requests that are answered at the same time")
+    command.add_argument("--most-images", type=_whole, default=500, metavar="N",
+                         help="images in one request or zip file")
+    command.add_argument("--at-once", type=_whole, default=2, metavar="N",
+                         help="requests that are answered at the same time")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #110a4fff
 def _compare_options(commands):
-    command = _command(commands, "compare", do.compare, "Compare training methods with several seeds, with significance tests")
+    command = _command(commands, "compare", do.compare, "Compare training methods with several seeds, with "
+                       "significance tests")
     _data_options(command)
     _model_options(command)
-    command.add_argument("--recipes", nargs="+", metavar="NAME", help="of: scratch, 'feature extractor', fine-tune, 'gradual unfreezing', 'all at once'")
+    command.add_argument("--recipes", nargs="+", metavar="NAME",
+                         help="of: scratch, 'feature extractor', fine-tune, 'gradual unfreezing', 'all at once'")
     command.add_argument("--probe", nargs="+", metavar="ARCH", help="compare linear probes of these networks instead")
     command.add_argument("--epochs", type=_whole, default=4, help="epochs of each run")
     command.add_argument("--seeds", type=_whole, default=3, help="runs of each method")
-    command.add_argument("--budget", type=float, metavar="SECONDS", help="start no further run after this time; the same command resumes")
+    command.add_argument("--budget", type=float, metavar="SECONDS",
+                         help="start no further run after this time; the same command resumes")
     command.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for runs, tables and plots")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #a5a99c8c
 def _cv_options(commands):
     command = _command(commands, "cv", do.cv, "Cross-validation, with out-of-fold predictions of every image")
     _data_options(command)
     _model_options(command)
     command.set_defaults(valid=None)
-    command.add_argument("--recipe", default="feature extractor", metavar="NAME", help="training protocol, as for compare")
+    command.add_argument("--recipe", default="feature extractor", metavar="NAME",
+                         help="training protocol, as for compare")
     command.add_argument("--k", type=_whole, default=5, help="number of folds")
     command.add_argument("--epochs", type=_whole, default=4, help="epochs of each fold")
     command.add_argument("--out", type=Path, default=Path("runs/cv"), help="folder for runs, tables and the HTML page")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #ce5b8664
 def _audit_options(commands):
-    command = _command(commands, "audit", do.audit, "List broken files, duplicates, leaks and small classes; exits with 1 if there are any")
+    command = _command(commands, "audit", do.audit, "List broken files, duplicates, leaks and small classes; exits "
+                       "with 1 if there are any")
     command.add_argument("folder", metavar="DIR", type=Path, help="folder of images, or a .csv")
-    command.add_argument("--quick", action="store_true", help="read headers only: images are not decoded, duplicates are not found")
+    command.add_argument("--quick", action="store_true", help="read headers only: images are not decoded, duplicates "
+                         "are not found")
     command.add_argument("--csv", type=Path, help="write the list to this file")
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #ba802576
 def _models_options(commands):
     command = _command(commands, "models", do.models, "List the networks whose name matches")
     command.add_argument("pattern", nargs="?", default="*", help="name with shell wildcards: 'res*' (quoted)")
@@ -212,10 +243,11 @@ def _is_bad_input(error):
     ours = isinstance(error, ValueError) and type(error).__module__.split(".")[0] == "ftlib"
     absent = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ftlib")
     # Unreadable input files raise ftlib's own errors: these are for folders that cannot be written.
-    return ours or absent or isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+    return ours or absent or isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError,
+    IsADirectoryError,
                                                 PermissionError))
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #7a015079
 def _one_line(error): return " ".join(str(error).split())
 
 
@@ -224,7 +256,7 @@ def _warn(message, category, filename, *where):
     if category is UserWarning and Path(filename).is_relative_to(Path(ftlib.__file__).parent):
         print(f"ftlib: warning: {_one_line(message)}", file=sys.stderr)
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #6bcb4bde
 def _run(args):
     "The exit code of a command"
     try: return args.run(args) or 0
@@ -239,13 +271,14 @@ def _run(args):
         print(f"ftlib: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
         return 2 if _is_bad_input(error) else 1
 
-
+# %% ../../nbs/99c_cli.parser.ipynb #34f285de
 def main(
     argv:list[str]|None=None,  # Arguments; by default those of the process
 ) -> int:                      # 0: success; 1: problems found, or the run failed; 2: invalid input
     "Run a command"
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")  # a console that has no character for a name shows a question mark
+        # a console that has no character for a name shows a question mark
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     args = build_parser().parse_args(argv)
     if args.debug: return args.run(args) or 0
     with warnings.catch_warnings():

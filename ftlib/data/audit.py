@@ -23,11 +23,12 @@ from .sources import read_source
 # %% ../../nbs/17_data.audit.ipynb #ed920d13
 _SIDE = 64   # Pixels per side that the fingerprint needs
 
-
+# %% ../../nbs/17_data.audit.ipynb #b1859100
 def fingerprint(
     item,        # What `open_image` takes
 ) -> tuple:      # Hash of the pixels; 128 bits as bytes, or None; 16 × 16 thumbnail
-    "Fingerprint to find identical and near-identical images. No difference hash for images below 32 pixels or without contrast."
+    """Fingerprint to find identical and near-identical images. No difference hash for images below 32 pixels or
+    without contrast."""
     image = open_image(item, _SIDE)
     pixels = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
     grey = Image.Image.convert(image, "L")
@@ -37,7 +38,7 @@ def fingerprint(
     bits = np.concatenate([(small[:8, 1:] > small[:8, :-1]).ravel(), (small[1:, :8] > small[:-1, :8]).ravel()])
     return pixels, np.packbits(bits), thumb
 
-
+# %% ../../nbs/17_data.audit.ipynb #d6a5b9ef
 def _pairs(bits):
     "Pairs of rows of `bits` (n × 16 bytes) that share two bytes at the same place: all that differ in at most 7 bits"
     found = set()
@@ -47,7 +48,7 @@ def _pairs(bits):
             found.update(_near_in(np.sort(group), bits))
     return found
 
-
+# %% ../../nbs/17_data.audit.ipynb #05a270a2
 def _near_in(group, bits, most=7, window=500):
     "Pairs of `group` that differ in at most `most` bits, each compared with the `window` that follow it"
     for at, i in enumerate(group[:-1]):
@@ -56,7 +57,7 @@ def _near_in(group, bits, most=7, window=500):
             np.unpackbits(bits[others] ^ bits[i], axis=1).sum(1)
         yield from ((int(i), int(j)) for j in others[differ <= most])
 
-
+# %% ../../nbs/17_data.audit.ipynb #af87c638
 def _alike(a, b):
     "Are two thumbnails the same up to brightness and contrast?"
     a, b = a.astype(float).ravel(), b.astype(float).ravel()
@@ -71,7 +72,7 @@ def _row(table, i, first, how):
     detail = f"{how} {b['item']}{where}"
     return dict(path=str(a["item"]), problem=problem, detail=detail, label=a["label"], split=a["split"])
 
-
+# %% ../../nbs/17_data.audit.ipynb #1810a1c0
 def _exact(table, prints):
     "Rows for images with identical pixels, and the remaining images"
     groups, rows = defaultdict(list), []
@@ -79,7 +80,7 @@ def _exact(table, prints):
     for first, *again in groups.values(): rows += [_row(table, i, first, "same pixels as") for i in again]
     return rows, [group[0] for group in groups.values()]
 
-
+# %% ../../nbs/17_data.audit.ipynb #ccec5e93
 def _nearly(table, prints, left):
     "Rows for images that look the same"
     left = [i for i in left if prints[i][1] is not None]
@@ -90,7 +91,7 @@ def _nearly(table, prints, left):
         if b not in firsts and _alike(prints[a][2], prints[b][2]): firsts[b] = a
     return [_row(table, i, first, "looks like") for i, first in firsts.items()]
 
-
+# %% ../../nbs/17_data.audit.ipynb #54d310c9
 def _fingerprints(items, workers):
     "Fingerprints by index, and the errors of images that cannot be decoded"
     from tqdm import tqdm
@@ -129,7 +130,7 @@ def audit(
         rows.append(dict(path=folder, problem="few images", detail=detail, label=label))
     return pd.DataFrame(rows, columns=["path", "problem", "detail", "label", "split"])
 
-
+# %% ../../nbs/17_data.audit.ipynb #61f84512
 def _deep(table, workers):
     "Problems that only decoding finds"
     prints, errors = _fingerprints(table["item"], workers)

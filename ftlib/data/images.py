@@ -49,7 +49,7 @@ class CenterCrop(DisplayedTransform):
         start = [c + (n - min(live)) * .5 for n, c in zip(live, cut)]
         return PILImage(resize_bilinear(x, (self.size, self.size), (*start, *(s + min(live) for s in start))))
 
-
+# %% ../../nbs/16_data.images.ipynb #c6e9599b
 class UniformErasing(RandomErasing):
     "Random erasing with uniform noise in [0, 1], for batches that are not normalised (fastai's is for normalised ones)"
     def encodes(self, x:TensorImage):
@@ -59,7 +59,7 @@ class UniformErasing(RandomErasing):
             x[..., top:bottom, left:right].uniform_()
         return x
 
-
+# %% ../../nbs/16_data.images.ipynb #635e7960
 _AUGMENT = {
     "light": dict(max_rotate=5., max_zoom=1.05, max_lighting=.1, max_warp=0.),
     "default": dict(),
@@ -69,16 +69,19 @@ _AUGMENT = {
 
 _FLIPS = {"horizontal": {}, "both": dict(flip_vertical=.5), None: dict(flip=0.)}
 
-
+# %% ../../nbs/16_data.images.ipynb #e9014547
 def augmentations(
     size:int,            # Pixels per side
 augment="default",   # 'light', 'default', 'strong', None, or a list of fastai's batch transforms
     flips="horizontal",  # 'both' for images that have no up, such as those from above; None
 ) -> tuple:              # Sample transforms, and batch transforms of the training set
     "Transforms for training and validation; 'strong' adds random erasing"
-    if flips not in _FLIPS: raise DataError(f"flips={flips!r}: use 'horizontal', 'both' or None.{did_you_mean(flips, ['horizontal', 'both'])}")
+    if flips not in _FLIPS:
+        raise DataError(f"flips={flips!r}: use 'horizontal', 'both' or "
+                        f"None.{did_you_mean(flips, ['horizontal', 'both'])}")
     if flips != "horizontal" and (augment is None or isinstance(augment, (list, tuple))):
-        raise DataError(f"flips={flips!r} requires augment='light', 'default' or 'strong', got {'None' if augment is None else 'a list'}.")
+        raise DataError(f"flips={flips!r} requires augment='light', 'default' or 'strong', got "
+                        f"{'None' if augment is None else 'a list'}.")
     if augment is None: return [CenterCrop(size), ToTensor()], []
     own = isinstance(augment, (list, tuple))
     if not own and augment not in _AUGMENT:
@@ -96,7 +99,7 @@ class WeightedLoss(CrossEntropyLossFlat):
         self.to(inp.device)
         return super().__call__(inp, targ, **kwargs)
 
-
+# %% ../../nbs/16_data.images.ipynb #5365ff49
 class ImageData(DataLoaders):
     "fastai's `DataLoaders` with a summary, a list of bad files, and a test set that is used only by `held_out`"
     seed, size, auto_bs, _table, _test_items, _bad = 42, None, False, None, None, None
@@ -104,12 +107,14 @@ class ImageData(DataLoaders):
     def held_out(self):
         "Data loader of the test set, in order. Nothing else gives access to it."
         if self._test_items is None:
-            raise DataError("there is no test set: build the data with test=.1, or mark images as 'test' in the source.")
+            raise DataError("there is no test set: build the data with test=.1, or mark images as 'test' in the "
+                            "source.")
         return self.test_dl(self._test_items, with_labels=True)
 
     @property
     def bad_files(self):
-        "Files that were left out (path, problem, detail), and images that turned out to be broken when they were decoded"
+        """Files that were left out (path, problem, detail), and images that turned out to be broken when they were
+        decoded"""
         detail = "found when decoded; left out of figures, and another of its class is trained on in its place"
         late = [(str(dl.dataset.tls[0].items[i].source), "corrupt", detail)
                 for dl in self.loaders for i in dl.failed.nonzero().flatten().tolist()]
@@ -128,7 +133,8 @@ class ImageData(DataLoaders):
 
     def test_dl(self, test_items, rm_type_tfms=None, with_labels=False, **kwargs):
         "Data loader of images to predict: paths, arrays, PIL images; with labels, anything that `image_data` reads"
-        if not with_labels and isinstance(test_items, (str, Path)): test_items = get_image_files(test_items) if Path(test_items).is_dir() else [test_items]
+        if not with_labels and isinstance(test_items, (str, Path)):
+            test_items = get_image_files(test_items) if Path(test_items).is_dir() else [test_items]
         items = _items(test_items, self.vocab, with_labels)
         if not items: raise DataError("there is nothing to predict: no images were given.")
         return super().test_dl(items, with_labels=with_labels, **kwargs)
@@ -138,16 +144,18 @@ class ImageData(DataLoaders):
         new.seed, new.size = self.seed, self.size
         return new
 
-
+# %% ../../nbs/16_data.images.ipynb #0d0bdb46
 def _items(given, vocab, with_labels):
     "`Sample`s from images, or from a source if labels are needed"
     # fastai's interpretation passes the loader's items back, as an `L`
-    if isinstance(given, (list, tuple, L)) and len(given) and all(isinstance(x, Sample) for x in given): return list(given)
+    if isinstance(given, (list, tuple, L)) and len(given) and all(isinstance(x, Sample) for x in given):
+        return list(given)
     if not with_labels: return [x if isinstance(x, Sample) else Sample(x) for x in given]
     table = read_source(given).table
     unknown = sorted(set(table["label"]) - set(vocab))
     if unknown:
-        raise DataError(f"label {unknown[0]!r} is not one of the {len(vocab)} classes.{did_you_mean(unknown[0], vocab)}")
+        raise DataError(f"label {unknown[0]!r} is not one of the {len(vocab)} "
+                        f"classes.{did_you_mean(unknown[0], vocab)}")
     return list(map(Sample, table["item"], table["label"]))
 
 # %% ../../nbs/16_data.images.ipynb #6ed75233
@@ -164,14 +172,15 @@ def bad_files(
     rows = {i: (str(items[i]), *f) for i, f in zip(places, found) if f is not None}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["path", "problem", "detail"])
 
-
+# %% ../../nbs/16_data.images.ipynb #cec116c9
 def _report_empty(source):
     "Warn of empty class folders"
     if not source.empty: return
     first = ", ".join(map(str, source.empty[:3])) + ", …" * (len(source.empty) > 3)
-    warnings.warn(f"no images in {first}: {'it is' if len(source.empty) == 1 else 'they are'} not used as {'a class' if len(source.empty) == 1 else 'classes'}.", stacklevel=3)
+    warnings.warn(f"no images in {first}: {'it is' if len(source.empty) == 1 else 'they are'} not used as "
+                  f"{'a class' if len(source.empty) == 1 else 'classes'}.", stacklevel=3)
 
-
+# %% ../../nbs/16_data.images.ipynb #0cb147e7
 def _without_bad(source):
     "Remove bad files from the source's table and return a list of them"
     bad = bad_files(list(source.table["item"]))
@@ -208,7 +217,8 @@ valid:float=.2,            # Fraction of each class for validation; a split of t
     cache:bool=True,           # Decode each image once, in the first epoch, and cache it (`data.cache`)
     **others,                  # Names of other libraries raise an error that gives ftlib's
 ) -> ImageData:                # Batches of floats in [0, 1], 3 × size × size, and class numbers
-    "Build fastai `DataLoaders` for images from any source. Raises `DataError` if no classifier can be trained on the data."
+    """Build fastai `DataLoaders` for images from any source. Raises `DataError` if no classifier can be trained on the
+    data."""
     if others: raise TypeError(_not_an_argument(*next(iter(others.items()))))
     auto_bs, bs = isinstance(bs, str) and bs == "auto", 64 if isinstance(bs, str) and bs == "auto" else bs
     _check_settings(size, bs, balance, num_workers, seed)
@@ -222,27 +232,34 @@ valid:float=.2,            # Fraction of each class for validation; a split of t
     shown = show_names(found.classes, names)
     table["name"] = table["label"].map(dict(zip(found.classes, shown)))
     dls = _loaders(table, shown, size, seed, bs, (augment, flips), balance, num_workers, device, found.path, cache)
-    dls.seed, dls.size, dls._table, dls._bad, dls.auto_bs = seed, size, table, bad, auto_bs and dls.device.type == "cuda"
+    dls.seed, dls.size, dls._table, dls._bad, dls.auto_bs = (seed, size, table, bad, auto_bs
+        and dls.device.type == "cuda")
     held = table[table["split"] == "test"]
     if len(held): dls._test_items = list(map(Sample, held["item"], held["name"]))
     return dls
 
-
+# %% ../../nbs/16_data.images.ipynb #d0d2c40c
 # What other libraries call the arguments of `image_data`
-_ALSO_CALLED = dict(valid_pct="valid", valid_size="valid", val_pct="valid", validation_split="valid", test_pct="test", test_size="test", test_split="test", batch_size="bs", img_size="size",
-                    image_size="size", item_tfms="augment", batch_tfms="augment", aug_transforms="augment", random_state="seed", random_seed="seed", workers="num_workers", valid_col="split",
-                    fn_col="path", x_col="path", label_col="label", y_col="label", vocab="names", classes="names", directory="source", folder="source")
+_ALSO_CALLED = dict(valid_pct="valid", valid_size="valid", val_pct="valid", validation_split="valid", test_pct="test",
+test_size="test", test_split="test", batch_size="bs", img_size="size",
+                    image_size="size", item_tfms="augment", batch_tfms="augment", aug_transforms="augment",
+                    random_state="seed", random_seed="seed", workers="num_workers", valid_col="split",
+                    fn_col="path", x_col="path", label_col="label", y_col="label", vocab="names", classes="names",
+                    directory="source", folder="source")
 
-
+# %% ../../nbs/16_data.images.ipynb #4a4e13f8
 def _not_an_argument(name, value):
     "Message for an argument that there is not: what it is called here"
     known = [p for p in inspect.signature(image_data).parameters if p != "others"]
     meant = _ALSO_CALLED.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
-    return f"image_data has no argument {name}=: " + (f"it is called {meant}= here." if meant else f"it has {', '.join(known)}.")
+    return f"image_data has no argument {name}=: " + (f"it is called {meant}= here." if meant
+                                                      else f"it has {', '.join(known)}.")
 
-
+# %% ../../nbs/16_data.images.ipynb #150ebbcb
 def _check_settings(size, bs, balance, num_workers, seed):
-    if isinstance(size, (tuple, list)): raise DataError(f"size={size!r}: images are square here; give one number, as size={max(size, default=224)}, or use fastai's `ImageDataLoaders` with `Resize({size!r})`.")
+    if isinstance(size, (tuple, list)):
+        raise DataError(f"size={size!r}: images are square here; give one number, as size={max(size, default=224)}, or "
+                        f"use fastai's `ImageDataLoaders` with `Resize({size!r})`.")
     for name, value, least in (("size", size, 1), ("bs", bs, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
         if name == "num_workers" and value is None: continue
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
@@ -252,14 +269,15 @@ def _check_settings(size, bs, balance, num_workers, seed):
         raise DataError(f"balance={balance!r}: use 'loss', 'sampler' or "
                         f"None.{did_you_mean(balance, ['loss', 'sampler'])}")
 
-
+# %% ../../nbs/16_data.images.ipynb #f6ca1e6a
 def _workers(table, size):
-    "Number of worker processes: none for images in memory, small images or small datasets; else one per core, at most eight"
+    """Number of worker processes: none for images in memory, small images or small datasets; else one per core, at
+    most eight"""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     in_memory = not isinstance(table["item"].iloc[0], (str, Path))
     return 0 if in_memory or size < 64 or len(table) < 200 or cores < 2 else min(8, cores)
 
-
+# %% ../../nbs/16_data.images.ipynb #85b41f6d
 def _loaders(table, vocab, size, seed, bs, augment, balance, num_workers, device, path, cache):
     "The training and validation loaders"
     parts = [table[table["split"] == s] for s in ("train", "valid")]
@@ -281,5 +299,6 @@ def _loaders(table, vocab, size, seed, bs, augment, balance, num_workers, device
         made.append(ImageDL(
             Datasets(tls=lists), bs=min(bs, len(parts[0])), shuffle=i == 0, drop_last=i == 0, seed=seed + i,
             num_workers=num_workers, weights=weights if i == 0 else None, device=device, decoded=decoded,
-            after_item=views, after_batch=[IntToFloatTensor(), *(f for f in batch if i == 0 or isinstance(f, Normalize))]))
+            after_item=views, after_batch=[IntToFloatTensor(),
+            *(f for f in batch if i == 0 or isinstance(f, Normalize))]))
     return ImageData(*made, path=path, device=device)

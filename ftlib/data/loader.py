@@ -37,13 +37,14 @@ def seed_all(
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device): torch.cuda.manual_seed(mine % 2**63)
 
-
+# %% ../../nbs/15_data.loader.ipynb #9b1d6ce8
 @contextmanager
 def seeded(
     *parts,        # Integers; the same integers give the same random numbers
     device=None,   # A GPU whose generator is seeded too
 ):
-    "Context manager that seeds Python's, NumPy's and torch's random generators with `parts` and restores them afterwards"
+    """Context manager that seeds Python's, NumPy's and torch's random generators with `parts` and restores them
+    afterwards"""
     old = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
         seed_all(*parts, device=device)
@@ -59,7 +60,7 @@ class Sample:
     source: Any              # What `open_image` takes
     label: str|None = None   # None for an image to predict
 
-
+# %% ../../nbs/15_data.loader.ipynb #55730fa8
 class LoadImage(Transform):
     "Load the sample's image with a short side of at most `side`, from the cache `decoded` if it is there"
     def __init__(self, side=None, decoded=None): self.side, self.kept = side, decoded
@@ -68,7 +69,7 @@ class LoadImage(Transform):
         pixels = None if self.kept is None else self.kept.get(item.source)
         return resize_short_side(item.source, self.side) if pixels is None else PILImage(Image.fromarray(pixels))
 
-
+# %% ../../nbs/15_data.loader.ipynb #cc424357
 class GetLabel(Transform):
     "Get the sample's label"
     def encodes(self, item:Sample): return item.label
@@ -80,7 +81,7 @@ def normalization(
     "The normalization that the loader applies to its batches, if any."
     return next((f for f in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
 
-
+# %% ../../nbs/15_data.loader.ipynb #3aba346d
 def as_images(
     dl,         # A loader
     x,          # A batch of its images, N×C×H×W
@@ -95,7 +96,7 @@ class _Draw(int):
     "An index that knows how often it was drawn in this epoch, so that each draw gets another crop"
     nth = 0
 
-
+# %% ../../nbs/15_data.loader.ipynb #f878f7fd
 def _draws(idxs):
     "Indices with the number of their earlier draws"
     seen, found = Counter(), []
@@ -106,7 +107,7 @@ def _draws(idxs):
         found.append(draw)
     return found
 
-
+# %% ../../nbs/15_data.loader.ipynb #75e180a0
 def broken_mask(
     dl,         # A loader
     rows=None,  # Places in its data set; all by default
@@ -117,16 +118,19 @@ def broken_mask(
     mask = failed.clone() if rows is None else failed[[int(i) for i in rows]]
     return mask if mask.any() else None
 
-
+# %% ../../nbs/15_data.loader.ipynb #aaf3c8c2
 class ImageDL(TfmdDL):
     "Data loader whose batches depend only on `rng` (a `random.Random`), with any number of workers"
     _pass_seed, _peeks, _in_batch = 0, False, False
-    broken = None  # Which images of the batch that was given last could not be opened: a mask, None where it is none of them
+    # Which images of the batch that was given last could not be opened: a mask, None where it is none of them
+    broken = None
 
-    def __init__(self, dataset=None, bs=64, shuffle=False, num_workers=0, seed=42, weights=None, failed=None, decoded=None, **kwargs):
+    def __init__(self, dataset=None, bs=64, shuffle=False, num_workers=0, seed=42, weights=None, failed=None,
+                 decoded=None, **kwargs):
         self.seed, self.weights, self.decoded = seed, weights, decoded
         self.failed = torch.zeros(len(dataset), dtype=torch.bool) if failed is None else failed
-        if num_workers and not self.failed.is_shared(): self.failed.share_memory_()  # so that a worker's mark is seen here
+        # so that a worker's mark is seen here
+        if num_workers and not self.failed.is_shared(): self.failed.share_memory_()
         with seeded(seed): super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
         self.rng = random.Random(seed)
 
@@ -153,7 +157,8 @@ class ImageDL(TfmdDL):
         while True:
             with seeded(self._pass_seed, 1, nth, device=self.device): batch = self._next(batches)
             if batch is None: return
-            self.broken = None if rows is None or not self.failed.any() else broken_mask(self, rows[nth * self.bs:(nth + 1) * self.bs])
+            self.broken = None if rows is None or not self.failed.any() else broken_mask(self,
+                rows[nth * self.bs:(nth + 1) * self.bs])
             yield batch
             nth += 1
 
@@ -196,15 +201,19 @@ class ImageDL(TfmdDL):
         except ImageError as e: return self._stand_in(s or 0, e)
 
     def _stand_in(self, s, error):
-        "The next image of the same class that can be opened; where it will be left out, of any class, with the label of this one"
+        """The next image of the same class that can be opened; where it will be left out, of any class, with the label
+        of this one"""
         items = self.dataset.tls[0].items
         label = items[s].label
         if label is None: raise error
-        if not self.failed[s]: warnings.warn(f"{error} In training another {label!r} replaces it; figures leave it out.", stacklevel=2)
+        if not self.failed[s]:
+            warnings.warn(f"{error} In training another {label!r} replaces it; figures leave it out.", stacklevel=2)
         self.failed[s] = True
         for i in [*range(s + 1, len(items)), *range(s)]:
             if self.failed[i] or self.shuffle and items[i].label != label: continue
-            try: return self.dataset[i] if self.shuffle else (self.dataset.tls[0][i], *(tl[s] for tl in self.dataset.tls[1:]))
+            try:
+                return self.dataset[i] if self.shuffle else (self.dataset.tls[0][i],
+                    *(tl[s] for tl in self.dataset.tls[1:]))
             except ImageError: self.failed[i] = True
         raise ImageError(f"none of the images of {label!r} in this split can be opened; the first: "
                            f"{error}") from error

@@ -30,7 +30,8 @@ class Source:
     table: pd.DataFrame                          # item, label (text), split ('train', 'valid', 'test' or None)
     classes: list                                # Class labels in order
     path: Path = Path(".")                       # The folder they come from
-    others: list = field(default_factory=list)   # Files that are not images by their name, or that are outside of class folders
+    # Files that are not images by their name, or that are outside of class folders
+    others: list = field(default_factory=list)
     empty: list = field(default_factory=list)    # Empty class folders
 
 # %% ../../nbs/11_data.sources.ipynb #ee8946f2
@@ -42,7 +43,7 @@ _COLUMNS = {"item": "item path file filepath file_path filename file_name fname 
             "split": "split set subset partition is_valid".split()}
 _PLURAL = {"item": "images", "label": "labels", "split": "splits"}
 
-
+# %% ../../nbs/11_data.sources.ipynb #20e39ebb
 def existing(path):
     "`path` if it exists. Raises `DataError` with the closest match otherwise."
     path = Path(path).expanduser()
@@ -52,18 +53,19 @@ def existing(path):
     where = "this folder" if parent == Path(".") else parent
     raise DataError(f"{path} does not exist: {where} has no {absent!r}." + did_you_mean(absent, os.listdir(parent)))
 
-
+# %% ../../nbs/11_data.sources.ipynb #bc764fc4
 def split_name(value):
     "'train', 'valid', 'test' or None for one value of a split column"
     if value is None or (isinstance(value, float) and np.isnan(value)): return None
     if isinstance(value, (bool, np.bool_)): return "valid" if value else "train"
     name = _SPLITS.get(str(value).strip().lower())
     if name is None:
-        raise DataError(f"{value!r} is not a split: use 'train', 'valid', 'test', or True for validation and False for training."
+        raise DataError(f"{value!r} is not a split: use 'train', 'valid', 'test', or True for validation and False for "
+                        f"training."
                         + did_you_mean(str(value).lower(), _SPLITS))
     return name
 
-
+# %% ../../nbs/11_data.sources.ipynb #380aeb4d
 def _column(frame, role, given, need=True):
     "The column of `frame` for `role`"
     if given is not None:
@@ -84,7 +86,7 @@ def _ordered(labels):
     whole = all(label.lstrip("-").isdigit() for label in labels)
     return sorted(labels, key=(lambda label: (int(label), label)) if whole else None)
 
-
+# %% ../../nbs/11_data.sources.ipynb #ebe2520c
 def _text(label, classes=None):
     "A label as text; a number is an index into `classes`, if given"
     if isinstance(label, (float, np.floating)) and float(label).is_integer(): label = int(label)
@@ -94,17 +96,18 @@ def _text(label, classes=None):
         return str(classes[label])
     return str(label).strip()
 
-
+# %% ../../nbs/11_data.sources.ipynb #3f430ecf
 def _plain(label):
     "The label in an array or tensor of one element. Raises `DataError` for several elements, such as one-hot vectors."
     if isinstance(label, (list, tuple, set, Mapping)) or math.prod(getattr(label, "shape", ())) != 1:
-        raise DataError(f"a label is a {type(label).__name__} ({str(label)[:80]}): give each image one class, as text or number.")
+        raise DataError(f"a label is a {type(label).__name__} ({str(label)[:80]}): give each image one class, as text "
+                        f"or number.")
     return label.item() if hasattr(label, "item") else label
 
-
+# %% ../../nbs/11_data.sources.ipynb #b72afc77
 def _is_missing(label): return label is None or label is pd.NA or label is pd.NaT or bool(label != label)
 
-
+# %% ../../nbs/11_data.sources.ipynb #b6d7a9bf
 def _source(items, labels, splits=None, classes=None, path=".", others=()):
     "Build a `Source` from columns and check the labels"
     items, labels = list(items), [_plain(x) for x in labels]
@@ -113,7 +116,8 @@ def _source(items, labels, splits=None, classes=None, path=".", others=()):
     if not items: raise DataError("there are no images: the source is empty.")
     blank = [i for i, x in enumerate(labels) if _is_missing(x) or str(x).strip() == ""]
     if blank:
-        raise DataError(f"{len(blank)} of {len(items)} images have no label, first {items[blank[0]]} (row {blank[0]}): label them or leave them out.")
+        raise DataError(f"{len(blank)} of {len(items)} images have no label, first {items[blank[0]]} (row {blank[0]}): "
+                        f"label them or leave them out.")
     labels = [_text(x, classes) for x in labels]
     table = pd.DataFrame({"item": pd.Series(items, dtype=object), "label": labels,
                           "split": pd.Series([None] * len(items) if splits is None else list(splits), dtype=object)})
@@ -123,14 +127,15 @@ def _source(items, labels, splits=None, classes=None, path=".", others=()):
 
 # %% ../../nbs/11_data.sources.ipynb #c447196a
 def _files(folder, seen=None):
-    "Every file under `folder` that is not hidden, sorted; the target of several links is listed once, under its first name. `seen` are real paths that were listed before"
+    """Every file under `folder` that is not hidden, sorted; the target of several links is listed once, under its
+    first name. `seen` are real paths that were listed before"""
     found, seen = [], set() if seen is None else seen
     for at, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [f for f in sorted(folders) if not f.startswith(".") and _is_new(Path(at, f), seen)]
         found += [Path(at, f) for f in sorted(files) if not f.startswith(".") and _is_new(Path(at, f), seen)]
     return found
 
-
+# %% ../../nbs/11_data.sources.ipynb #d58ce827
 def _is_new(path, seen):
     "Is this the first time that the real path is seen? It is remembered in `seen`"
     before = len(seen)
@@ -146,33 +151,38 @@ def _folders(folder):
 def _is_image(path, endings={end for end, name in Image.registered_extensions().items() if name in RASTER}):
     return path.suffix.lower() in endings
 
-
+# %% ../../nbs/11_data.sources.ipynb #bc215497
 def _check_split_names(tops):
     "Raise `DataError` for a folder beside `train` that is probably meant as a split, but has another name"
     names = sorted(p.name.lower() for p in tops)
     for name in names if any(_SPLITS.get(n) == "train" for n in names) else ():
         meant = next((split for part, split in _LIKE_SPLITS.items() if part in name and name not in _SPLITS), None)
-        if meant: raise DataError(f"the folder {name!r} beside 'train' is not a split. Did you mean {meant!r}? Splits are called 'train', 'valid' and 'test'.")
+        if meant:
+            raise DataError(f"the folder {name!r} beside 'train' is not a split. Did you mean {meant!r}? Splits are "
+                            f"called 'train', 'valid' and 'test'.")
 
-
+# %% ../../nbs/11_data.sources.ipynb #a1762663
 _LIKE_SPLITS = {"val": "valid", "dev": "valid", "test": "test", "holdout": "test", "hold_out": "test", "train": "train"}
 
 
 # Suffixes of images that cannot be read here: a folder of such files was meant as a class
-_UNREAD = {"", ".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".svg", ".eps", ".pdf"}
+_UNREAD = {"", ".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2",
+           ".svg", ".eps", ".pdf"}
 
-
+# %% ../../nbs/11_data.sources.ipynb #120e6b60
 def _check_dropped(dropped, classes):
-    "Warn of files in class folders that have no image suffix. Raises `DataError` for a class without any readable image"
+    """Warn of files in class folders that have no image suffix. Raises `DataError` for a class without any readable
+    image"""
     if not dropped: return
     endings = Counter(file.suffix.lower() or "no ending" for _, file in dropped).most_common(5)
     shown = ", ".join(f"{n:,} with {end}" for end, n in endings)
-    text = f"{len(dropped):,} files are left out because they have no image suffix ({shown}; the first: {dropped[0][1]}). Convert, rename or delete them."
+    text = (f"{len(dropped):,} files are left out because they have no image suffix ({shown}; the first: "
+            f"{dropped[0][1]}). Convert, rename or delete them.")
     gone = [name for name, file in dropped if name not in classes and file.suffix.lower() in _UNREAD]
     if gone: raise DataError(f"class {gone[0]!r} has no image left: {text}")
     warnings.warn(text, stacklevel=4)
 
-
+# %% ../../nbs/11_data.sources.ipynb #9a37a75e
 def from_folder(
     path,          # A folder with one folder of images for each class, or `train`, `valid`, `test` with those inside
 ) -> Source:
@@ -196,11 +206,14 @@ def from_folder(
         _check_dropped(dropped, filled)
         unfilled = [p for f, _ in by_split or [(path, None)] for p in _folders(f) if p.name not in filled]
         linked = [p for p in unfilled if any(map(_is_image, _files(p)))]
-        if linked: raise DataError(f"class {linked[0].name!r} has no image of its own: its files are links to images of other classes, and each image counts once.")
+        if linked:
+            raise DataError(f"class {linked[0].name!r} has no image of its own: its files are links to images of other "
+                            f"classes, and each image counts once.")
         source = _source(*zip(*rows), path=path, others=others)
         source.empty = [p for p in unfilled if not _files(p)]
         return source
-    has = f"{loose:,} images, but none inside the folder of a class" if (loose := sum(map(_is_image, others))) else "no images in it"
+    has = f"{loose:,} images, but none inside the folder of a class" if (loose := sum(map(_is_image,
+        others))) else "no images in it"
     raise DataError(f"{path} has {has}: it should hold one folder of images for each class.")
 
 # %% ../../nbs/11_data.sources.ipynb #ea9d3682
@@ -219,7 +232,8 @@ def from_frame(
     if not len(frame): raise DataError("the table has no rows: give one row per image.")
     nameless = frame[item].isna()
     if nameless.any():
-        raise DataError(f"{nameless.sum()} rows have no {item!r}, the first is row {int(np.argmax(nameless))}: fill or drop them.")
+        raise DataError(f"{nameless.sum()} rows have no {item!r}, the first is row {int(np.argmax(nameless))}: fill or "
+                        f"drop them.")
     root = Path(root)
     items = [root / x if isinstance(x, (str, Path)) else x for x in frame[item]]
     labels, classes = frame[label], None
@@ -228,7 +242,7 @@ def from_frame(
     labels = [x if _is_missing(x) else _text(x) for x in map(_plain, labels.astype(object))]
     return _source(items, labels, splits, classes, root)
 
-
+# %% ../../nbs/11_data.sources.ipynb #e36a384b
 def from_csv(
     path,         # A .csv file; paths inside are relative to its folder
     root=None,    # … or to this one
@@ -257,7 +271,7 @@ def _targets(dataset):
         return [whole[i] for i in dataset.indices]
     return [y for _, y in (dataset[i] for i in range(len(dataset)))]
 
-
+# %% ../../nbs/11_data.sources.ipynb #0756d17b
 def from_dataset(
     dataset,       # Map-style: `dataset[i]` is an image and its label
 ) -> Source:
@@ -271,7 +285,7 @@ def from_dataset(
     else: items = [LazyImage(dataset, i) for i in range(len(dataset))]
     return _source(items, _targets(dataset), classes=classes)
 
-
+# %% ../../nbs/11_data.sources.ipynb #4cd909e2
 def from_mapping(
     mapping,       # {'image': …, 'label': …}, or {'train': a source, 'test': a source}
     **columns,     # `path=`, `label=`, `split=`: names of columns
@@ -291,7 +305,8 @@ def from_mapping(
     split = _column(columns_only, "split", columns.get("split"), need=False)
     features = getattr(mapping, "features", None) or {}
     # A table of the `datasets` package decodes a row's image when the row is read.
-    items = [LazyImage(mapping[item], i) if by_column else LazyImage(mapping, i, item) for i in range(len(mapping[label]))]
+    items = [LazyImage(mapping[item], i) if by_column else LazyImage(mapping, i, item)
+             for i in range(len(mapping[label]))]
     if by_column and len(mapping[item]) != len(items):
         raise DataError(f"{len(mapping[item])} images but {len(items)} labels: give one label per image.")
     splits = None if split is None else [split_name(v) for v in mapping[split]]
@@ -318,4 +333,5 @@ def read_source(
         root = Path("." if root is None else existing(root))
         return _source([root / x if isinstance(x, (str, Path)) else x for x in source[0]], source[1], path=root)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"): return from_dataset(source)
-    raise DataError(f"cannot read images from a {type(source).__name__}: give a folder, a .csv, a DataFrame, (files, labels), a dataset or a mapping.")
+    raise DataError(f"cannot read images from a {type(source).__name__}: give a folder, a .csv, a DataFrame, (files, "
+                    f"labels), a dataset or a mapping.")

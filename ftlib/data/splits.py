@@ -26,7 +26,7 @@ def check_shares(valid, test):
     if valid + test >= 1:
         raise DataError(f"valid={valid} and test={test} leave no training images: keep their sum below 1.")
 
-
+# %% ../../nbs/12_data.splits.ipynb #bbe519e7
 def _deal(labels, share, rng):
     "A mask that selects the fraction `share` of every class: at least one image, never all"
     mask = np.zeros(len(labels), bool)
@@ -36,7 +36,7 @@ def _deal(labels, share, rng):
         mask[mine[:take]] = True
     return mask
 
-
+# %% ../../nbs/12_data.splits.ipynb #a2918d4d
 def split_table(
     source:Source,    # From `read_source`; its own splits are kept
     valid:float=.2,   # Fraction for validation
@@ -58,7 +58,7 @@ def split_table(
     _check_classes(table, given)
     return table
 
-
+# %% ../../nbs/12_data.splits.ipynb #35963712
 def _check_classes(table, given):
     "Check that there are at least two classes, each with training images; warn of classes without validation images"
     counts = pd.crosstab(table["label"], table["split"])
@@ -73,13 +73,14 @@ def _check_classes(table, given):
                         "Put some of its images in train, or leave it out.")
     single = list(counts.index[counts.sum(axis=1) == 1])
     if single:
-        warnings.warn(f"{_some(single)} with a single image: it is used for training and cannot be validated.", stacklevel=4)
+        warnings.warn(f"{_some(single)} with a single image: it is used for training and cannot be validated.",
+                      stacklevel=4)
     for split in set(counts) - {"train"}:
         missed = [c for c in counts.index[counts[split] == 0] if c not in single]
         if missed:
             warnings.warn(f"{_some(missed)} without an image in {split}: its accuracy there is unknown.", stacklevel=4)
 
-
+# %% ../../nbs/12_data.splits.ipynb #ac406bf7
 def _some(names):
     "Number of classes and the first few names"
     return f"{len(names)} class{'es' * (len(names) > 1)} ({', '.join(map(repr, names[:5]))}{', …' * (len(names) > 5)})"
@@ -89,13 +90,15 @@ def show_names(
     classes,        # The labels in order
     names=None,     # {label: name}, a list in the order of the classes, a JSON file with either, or None
 ) -> list:          # A name for each label
-    "The display name of each class. Raises `DataError` for a class without a name, or for two classes with the same name."
+    """The display name of each class. Raises `DataError` for a class without a name, or for two classes with the same
+    name."""
     if names is None: return list(classes)
     if isinstance(names, (str, Path)):
         try: names = json.loads(Path(names).read_text(encoding="utf-8"))
         except (OSError, ValueError) as e: raise DataError(f"cannot read names={str(names)!r} as JSON: {e}") from e
     if isinstance(names, (list, tuple)):
-        if len(names) != len(classes): raise DataError(f"names has {len(names)} entries for {_some(classes)}: give one per class.")
+        if len(names) != len(classes):
+            raise DataError(f"names has {len(names)} entries for {_some(classes)}: give one per class.")
         names = dict(zip(classes, names))
     if not isinstance(names, dict):
         raise DataError(f"names is a {type(names).__name__}: give a dict, a list or a JSON file.")
@@ -122,15 +125,17 @@ def class_weights(
     weights = (1 - beta) / (1 - beta ** counts) if kind == "effective" else 1 / counts
     return weights * counts.sum() / (weights * counts).sum()
 
-
+# %% ../../nbs/12_data.splits.ipynb #ccb69769
 def make_imbalanced(
     source,              # Anything that `image_data` takes
     ratio:float=10.,     # Number of images of the largest class over that of the smallest
     seed:int=0,          # Of the choice
     **columns,           # As for `read_source`
 ) -> pd.DataFrame:       # A table for `image_data`; given validation and test images are all kept
-    "Make an imbalanced subset, whose class sizes fall geometrically in the order of the classes, for experiments with rare classes"
-    if not ratio >= 1: raise DataError(f"ratio={ratio!r}: give the size of the largest class over that of the smallest, at least 1.")
+    """Make an imbalanced subset, whose class sizes fall geometrically in the order of the classes, for experiments
+    with rare classes"""
+    if not ratio >= 1:
+        raise DataError(f"ratio={ratio!r}: give the size of the largest class over that of the smallest, at least 1.")
     source = read_source(source, **columns)
     rng, table = np.random.default_rng(seed), source.table
     free = ~table["split"].isin(["valid", "test"])

@@ -33,7 +33,7 @@ def read_upload(
     if len(data) > limits.request_bytes: raise ImageError(f'The file has more than {limits.request_bytes >> 20} MB.')
     return data
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #675e22bd
 def answer_one(
     model:Predictor,
     data:bytes,      # An image
@@ -47,10 +47,12 @@ def answer_one(
     probs = model.probabilities(pixels[None])[0]
     best = int(probs.argmax())
     said = f'**{_plain(model.classes[best])}**, {probs[best]:.1%}'
-    if probs[best] < model.threshold: said = f'**Not sure.** The most probable class, {_plain(model.classes[best])}, has {probs[best]:.1%}; answers count from {model.threshold:.0%} on.'
+    if probs[best] < model.threshold:
+        said = (f'**Not sure.** The most probable class, {_plain(model.classes[best])}, has {probs[best]:.1%}; answers '
+                f'count from {model.threshold:.0%} on.')
     return dict(zip(model.classes, probs.tolist())), said, heat_map(model, pixels, best) if heat else None
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #5de180a3
 def _plain(name):
     "The name of a class as Markdown that shows it as it is"
     return ''.join(f'\\{c}' if c in '\\`*_{}[]()#+-.!|~$' else c for c in html.escape(name))
@@ -60,7 +62,8 @@ def heat_map(
     model:Predictor,
     pixels:torch.Tensor,  # 3 × size × size bytes
     of:int,               # A class
-):                        # An array of height × width × 3 bytes, or None where the network has no map, or captum is not there
+):                        # An array of height × width × 3 bytes, or None where the network has no map, or captum is
+    # not there
     "The image with its Grad-CAM map."
     from ftlib.errors import EvaluateError
     from ftlib.evaluate.gradcam import _heat, class_maps
@@ -72,15 +75,16 @@ def heat_map(
     return (255 * shown[0].permute(1, 2, 0)).clamp(0, 255).round().byte().numpy()
 
 # %% ../../nbs/92f_deploy.app.ipynb #55033f3d
-_STYLE = '.gradio-container {width: 100% !important; max-width: 1000px !important; margin: auto} footer {display: none !important} .said {min-height: 1.6em}'
+_STYLE = ('.gradio-container {width: 100% !important; max-width: 1000px !important; margin: auto} footer {display: '
+          'none !important} .said {min-height: 1.6em}')
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #21e9d946
 def _gradio():
     try: import gradio
     except ImportError as e: raise DeployError("gradio is not installed: pip install 'ftlib[app]'") from e
     return gradio
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #baccd715
 def classifier_page(
     model,                   # A learner, a predictor or a bundle
     limits:Limits=Limits(),
@@ -90,18 +94,20 @@ def classifier_page(
     gr, shipped = _gradio(), as_predictor(model)
     once = dict(api_visibility='private', concurrency_limit=limits.at_once, concurrency_id='predict')
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as blocks:
-        gr.Markdown(f'# {html.escape(title)}\n{len(shipped.classes)} classes: {", ".join(map(_plain, shipped.classes[:12]))}{" …" * (len(shipped.classes) > 12)}')
+        gr.Markdown(f'# {html.escape(title)}\n{len(shipped.classes)} classes: '
+                    f'{", ".join(map(_plain, shipped.classes[:12]))}{" …" * (len(shipped.classes) > 12)}')
         with gr.Tab('One image'): _one(gr, shipped, limits, once)
         with gr.Tab('Many images'): _many(gr, shipped, limits, once)
     blocks.queue(max_size=limits.waiting or 1)
     return blocks
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #f6cab161
 def _one(gr, shipped, limits, once):
     "The tab for one image"
     with gr.Row():
         with gr.Column():
-            image = _checked(gr, gr.Image(type='filepath', image_mode=None, sources=['upload', 'clipboard'], label='Image', height=320), limits)
+            image = _checked(gr, gr.Image(type='filepath', image_mode=None, sources=['upload', 'clipboard'],
+                                          label='Image', height=320), limits)
             heat = gr.Checkbox(False, label='Show where the network looked', visible=find_spec('captum') is not None)
         with gr.Column():
             said, bars = gr.Markdown(elem_classes='said'), gr.Label(num_top_classes=3, label='Classes')
@@ -115,9 +121,10 @@ def _one(gr, shipped, limits, once):
         return probs, text, gr.Image(shown, visible=shown is not None)
     for change in (image.change, heat.change): change(answer, [image, heat], [bars, said, seen], **once)
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #884e840a
 def _checked(gr, image, limits):
-    "gradio's image, which says in one sentence what is wrong with a file, and never decodes one that is too large. No subclass: gradio would write a file beside this module"
+    """gradio's image, which says in one sentence what is wrong with a file, and never decodes one that is too large.
+    No subclass: gradio would write a file beside this module"""
     def preprocess(payload):
         if payload is None: return None
         if payload.path is None: raise gr.Error('The file was not uploaded.', print_exception=False)
@@ -127,27 +134,36 @@ def _checked(gr, image, limits):
     image.preprocess = preprocess
     return image
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #2cf30851
 def _many(gr, shipped, limits, once):
     "The tab for many images"
     files = gr.File(file_count='multiple', label=f'Images or zip files, at most {limits.images}', height=160)
     start = gr.Button('Classify', variant='primary')
-    said, table = gr.Markdown(elem_classes='said'), gr.Dataframe(visible=False, interactive=False, wrap=True, label='Answers')
+    said, table = gr.Markdown(elem_classes='said'), gr.Dataframe(visible=False, interactive=False, wrap=True,
+        label='Answers')
     csv = gr.DownloadButton('Download as CSV', visible=False)
 
     def answer(paths):
         if not paths: raise gr.Error('Choose images or a zip file first.', print_exception=False)
-        try: found = classify_uploads(shipped, ((Path(p).name, read_upload(p, limits, blocks_folder())) for p in paths), limits)
+        try:
+            found = classify_uploads(shipped, ((Path(p).name, read_upload(p, limits, blocks_folder())) for p in paths),
+                                     limits)
         except ImageError as e: raise gr.Error(str(e), print_exception=False) from e
         place = Path(tempfile.mkdtemp(dir=blocks_folder())) / 'classes.csv'
         write_csv(found, place)
         unread = int(found['error'].notna().sum())
-        text = f'{len(found) - unread:,} images' + f', {unread:,} file{"s" * (unread > 1)} that cannot be read' * (unread > 0)
-        shown = found.assign(probability=found['probability'].map('{:.1%}'.format, na_action='ignore'), **{'class': found['class'].mask(found['unsure'], 'not sure')})
-        return text, gr.Dataframe(shown[['class', 'probability', 'path', 'error']].astype(object).fillna('').values.tolist(), headers=['class', 'probability', 'image', 'problem'], visible=True), gr.DownloadButton('Download as CSV', value=str(place), visible=True)
+        text = f'{len(found) - unread:,} images'
+        if unread: text += f', {unread:,} file{"s" * (unread > 1)} that cannot be read'
+        shown = found.assign(probability=found['probability'].map('{:.1%}'.format, na_action='ignore'),
+                             **{'class': found['class'].mask(found['unsure'], 'not sure')})
+        return text, gr.Dataframe(shown[['class', 'probability', 'path',
+                                         'error']].astype(object).fillna('').values.tolist(),
+                                         headers=['class', 'probability', 'image', 'problem'],
+                                         visible=True), gr.DownloadButton('Download as CSV', value=str(place),
+                                         visible=True)
     start.click(answer, files, [said, table, csv], **once)
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #cf6a88d1
 def blocks_folder():
     "gradio's folder of files that the page may hand out, and deletes after some minutes"
     from gradio.utils import get_upload_folder
@@ -163,16 +179,17 @@ def mount_page(
     "The page at `/` of an application. Raises `DeployError` where gradio is missing."
     gr, blocks = _gradio(), classifier_page(model, limits)
     blocks.has_launched = True  # else gradio copies any file that a request names to where it stores uploads
-    return gr.mount_gradio_app(app, blocks, path='/', max_file_size=limits.request_bytes, show_error=False, allowed_paths=[],
+    return gr.mount_gradio_app(app, blocks, path='/', max_file_size=limits.request_bytes, show_error=False,
+    allowed_paths=[],
                                footer_links=[], enable_monitoring=False, ssr_mode=False, css=_STYLE, theme=_theme(gr))
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #5ee9bb5f
 def _theme(gr):
     "Fonts of the system: none is fetched from elsewhere"
     plain, mono = ('ui-sans-serif', 'system-ui', 'sans-serif'), ('ui-monospace', 'monospace')
     return gr.themes.Soft(font=[gr.themes.Font(f) for f in plain], font_mono=[gr.themes.Font(f) for f in mono])
 
-
+# %% ../../nbs/92f_deploy.app.ipynb #694eb906
 @patch
 def app(self:Learner,
     launch:bool=True,        # Show it, in the notebook or at a local address; False gives gradio's `Blocks`
@@ -182,5 +199,7 @@ def app(self:Learner,
 ):
     "A web page that classifies images by this learner. See `classifier_page`."
     gr, blocks = _gradio(), classifier_page(self, limits, title)
-    if launch: blocks.launch(**dict(max_file_size=limits.request_bytes, css=_STYLE, theme=_theme(gr), footer_links=[]) | kwargs)
+    if launch:
+        blocks.launch(**dict(max_file_size=limits.request_bytes, css=_STYLE, theme=_theme(gr), footer_links=[])
+                      | kwargs)
     return blocks

@@ -34,33 +34,45 @@ from ..train.learner import Learner
 FORMAT = 1                # Of what is written; older ones are read
 MOST_HEADER = 16 << 20    # Bytes: larger headers are refused before they are read
 COMPARED = 500            # Validation images, at most, for which the file is compared with the learner
-_FIELDS = {'format': int, 'ftlib': str, 'versions': dict, 'network': dict, 'classes': list, 'image': dict, 'temperature': float, 'threshold': float,
-           'metrics': list, 'history': list, 'data': dict, 'licence': (str, type(None)), 'author': (str, type(None)), 'notes': (str, type(None))}
+_FIELDS = {'format': int, 'ftlib': str, 'versions': dict, 'network': dict, 'classes': list, 'image': dict,
+'temperature': float, 'threshold': float,
+           'metrics': list, 'history': list, 'data': dict, 'licence': (str, type(None)), 'author': (str, type(None)),
+           'notes': (str, type(None))}
 _BUILDERS = {'create_network': create_network, 'cnn': cnn}
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #85b9ade8
 def _about(learn, shipped, report, licence, author, notes):
     "Everything but the weights, as JSON has it"
     built = getattr(learn.model, 'built_by', None)
     if built is None:
-        raise DeployError(f'it is not known how this {type(learn.model).__name__} was built, so it could not be built again from a file. Bundles hold networks that vision_learner builds by the name of an architecture, or `cnn`, with the head that comes with them.')
-    return dict(format=FORMAT, ftlib=ftlib.__version__, versions={name: version(name) for name in ('torch', 'torchvision', 'timm')}, network=built,
-                classes=shipped.classes, image=dict(size=shipped.prepare.size, margin=shipped.prepare.margin, decode_side=shipped.prepare.decode_side),
-                temperature=shipped.temperature, threshold=shipped.threshold, metrics=_rows(report.table.reset_index()), history=_rows(learn.history), data=_data(learn.dls),
+        raise DeployError(f'it is not known how this {type(learn.model).__name__} was built, so it could not be built '
+                          f'again from a file. Bundles hold networks that vision_learner builds by the name of an '
+                          f'architecture, or `cnn`, with the head that comes with them.')
+    return dict(format=FORMAT, ftlib=ftlib.__version__,
+    versions={name: version(name) for name in ('torch', 'torchvision', 'timm')}, network=built,
+                classes=shipped.classes, image=dict(size=shipped.prepare.size, margin=shipped.prepare.margin,
+                decode_side=shipped.prepare.decode_side),
+                temperature=shipped.temperature, threshold=shipped.threshold, metrics=_rows(report.table.reset_index()),
+                history=_rows(learn.history), data=_data(learn.dls),
                 licence=licence, author=author, notes=notes)
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #308fb9f3
 def _rows(table):
     "A table as JSON has it: numbers, texts, None"
-    def plain(v): return None if v is None or v is pd.NA or isinstance(v, float) and not np.isfinite(v) else v.item() if isinstance(v, np.generic) and np.isfinite(v) else None if isinstance(v, np.generic) else v if isinstance(v, (int, float, bool, str)) else str(v)
+    def plain(v):
+        return None if v is None or v is pd.NA or isinstance(v,
+            float) and not np.isfinite(v) else v.item() if isinstance(v,
+            np.generic) and np.isfinite(v) else None if isinstance(v, np.generic) else v if isinstance(v,
+            (int, float, bool, str)) else str(v)
     return [{str(k): plain(v) for k, v in row.items()} for row in table.to_dict('records')]
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #5b555a27
 def _data(dls):
     "How many images trained, and a fingerprint of their names and labels"
     items = dls.train_ds.tls[0].items
     names = sorted(f'{Path(str(i.source)).name}\t{i.label}' for i in items)
-    return dict(train=len(items), valid=len(dls.valid_ds), fingerprint=sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest())
+    return dict(train=len(items), valid=len(dls.valid_ds),
+                fingerprint=sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest())
 
 # %% ../../nbs/91_deploy.bundle.ipynb #d7eb91d5
 def save_bundle(
@@ -71,7 +83,8 @@ def save_bundle(
     notes:str=None,       # Anything a user should know
     report=None,          # Its figures; by default `learn.evaluate()` makes them
 ) -> Path:
-    "Write the classifier as one file, after it was loaded again and gave the same answers. Raises `DeployError`, and leaves no file, where it cannot be shipped."
+    """Write the classifier as one file, after it was loaded again and gave the same answers. Raises `DeployError`, and
+    leaves no file, where it cannot be shipped."""
     from safetensors.torch import save_file
     path, shipped = Path(path), as_predictor(learn)
     if path.is_dir(): raise DeployError(f'{path} is a folder: name a file in it, such as {path / "model.ftl"}.')
@@ -90,7 +103,7 @@ def save_bundle(
     finally: Path(draft).unlink(missing_ok=True)
     return path
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #d86bfa6d
 def _digest(text, weights):
     "One number of everything that a bundle says, so that a changed bit is seen"
     found = sha256(text.encode())
@@ -100,17 +113,22 @@ def _digest(text, weights):
         found.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #8daa08f9
 def _same_answers(shipped, again, learn):
     "Raises `DeployError` where an image of the validation set gets other probabilities"
-    if (shipped.prepare, shipped.classes) != (again.prepare, again.classes): raise DeployError(f'loaded again, the classifier prepares images or names classes in another way: {again.prepare}. No file was written.')
+    if (shipped.prepare, shipped.classes) != (again.prepare, again.classes):
+        raise DeployError(f'loaded again, the classifier prepares images or names classes in another way: '
+                          f'{again.prepare}. No file was written.')
     items = [item.source for item in (learn.dls.valid_ds.tls[0].items or learn.dls.train_ds.tls[0].items)]
     items = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), COMPARED)).astype(int)]
-    different, pixels = 0, (x for _, x, _ in _prepared(shipped.prepare, items, min(8, os.cpu_count() or 1), 128) if x is not None)
+    different, pixels = 0, (x for _, x, _ in _prepared(shipped.prepare, items, min(8, os.cpu_count() or 1), 128)
+                            if x is not None)
     while batch := list(islice(pixels, 64)):
         ours, theirs = (p.probabilities(torch.stack(batch)) for p in (shipped, again))
         different += int((ours.view(torch.int32) != theirs.view(torch.int32)).any(1).sum())
-    if different: raise DeployError(f'loaded again, the network gives other answers for {different} of {len(items)} validation images: it keeps something that is not in its weights. No file was written.')
+    if different:
+        raise DeployError(f'loaded again, the network gives other answers for {different} of {len(items)} validation '
+                          f'images: it keeps something that is not in its weights. No file was written.')
 
 # %% ../../nbs/91_deploy.bundle.ipynb #9361e7a1
 class Bundle(Predictor):
@@ -119,14 +137,16 @@ class Bundle(Predictor):
         super().__init__(*args, **kwargs)
         self.about = about
 
-    metrics = property(lambda self: pd.DataFrame(self.about['metrics']), doc='Figures on the validation set, with intervals, when it was written.')
+    metrics = property(lambda self: pd.DataFrame(self.about['metrics']),
+                       doc='Figures on the validation set, with intervals, when it was written.')
     history = property(lambda self: pd.DataFrame(self.about['history']), doc='One row per epoch.')
 
     def learner(self,
         dls,       # Data from `image_data`, with the same classes or others
         **kwargs,  # More arguments of `vision_learner`
     ) -> Learner:
-        "A learner that goes on from these weights. Outputs of classes that the bundle knows keep their weights, others are new; the body is frozen."
+        """A learner that goes on from these weights. Outputs of classes that the bundle knows keep their weights,
+        others are new; the body is frozen."""
         from ftlib.train.vision import vision_learner
         net = network_with_classes(self.about['network'], self.net, self.classes, [str(c) for c in dls.vocab])
         learn = vision_learner(dls, net, **kwargs)
@@ -134,32 +154,40 @@ class Bundle(Predictor):
         if kwargs.get('bn', 'auto') == 'auto': net.bn = 'still'
         learn.freeze()
         if [str(c) for c in dls.vocab] == self.classes and (self.temperature, self.threshold) != (1., 0.):
-            learn.rescale, learn._calibration = Temperature(self.temperature, net), Calibration(None, None, self.temperature)
+            learn.rescale, learn._calibration = Temperature(self.temperature, net), Calibration(None, None,
+                self.temperature)
             learn._calibration.threshold = self.threshold
         return learn
 
     def card(self) -> str:
         "A model card in Markdown."
         a = self.about
-        lines = [f'# {a["network"]["arch"] if "arch" in a["network"] else "cnn"}, {len(a["classes"])} classes', '', f'- classes: {", ".join(a["classes"][:50])}{" …" * (len(a["classes"]) > 50)}',
-                 f'- images: {a["image"]["size"]} × {a["image"]["size"]} pixels', f'- trained on {a["data"]["train"]:,} images, evaluated on {a["data"]["valid"]:,}',
-                 f'- licence: {a["licence"] or "not stated"}', f'- author: {a["author"] or "not stated"}', f'- written by ftlib {a["ftlib"]}, torch {a["versions"].get("torch", "?")}', '']
+        lines = [f'# {a["network"]["arch"] if "arch" in a["network"] else "cnn"}, {len(a["classes"])} classes', '',
+        f'- classes: {", ".join(a["classes"][:50])}{" …" * (len(a["classes"]) > 50)}',
+                 f'- images: {a["image"]["size"]} × {a["image"]["size"]} pixels',
+                 f'- trained on {a["data"]["train"]:,} images, evaluated on {a["data"]["valid"]:,}',
+                 f'- licence: {a["licence"] or "not stated"}', f'- author: {a["author"] or "not stated"}',
+                 f'- written by ftlib {a["ftlib"]}, torch {a["versions"].get("torch", "?")}', '']
         if a['metrics']:
             columns = list(a['metrics'][0])
             cell = lambda v: f'{v:.4g}' if isinstance(v, float) else '' if v is None else str(v).replace('|', '\\|')
-            lines += ['| ' + ' | '.join(columns) + ' |', '|' + ' --- |' * len(columns)] + ['| ' + ' | '.join(cell(r.get(c)) for c in columns) + ' |' for r in a['metrics']] + ['']
+            lines += ['| ' + ' | '.join(columns) + ' |',
+                      '|' + ' --- |' * len(columns)] + ['| ' + ' | '.join(cell(r.get(c)) for c in columns) + ' |'
+                      for r in a['metrics']] + ['']
         return '\n'.join(lines + ([a['notes'], ''] if a['notes'] else []))
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #337eaae1
 def network_with_classes(
     built_by:dict,  # What built the network, as `Network.built_by` has it
     net:nn.Module,  # The network
     old,            # Its classes
     new,            # Names of classes
 ) -> nn.Module:     # A network of its own
-    "A network with other classes: outputs of classes that both have start from their weights, others are new, all else is the same."
+    """A network with other classes: outputs of classes that both have start from their weights, others are new, all
+    else is the same."""
     made, state = _build(built_by, len(new)), net.state_dict()
-    with torch.device('meta'): shapes = [{k: v.shape for k, v in _build(built_by, n).state_dict().items()} for n in (2, 3)]
+    with torch.device('meta'):
+        shapes = [{k: v.shape for k, v in _build(built_by, n).state_dict().items()} for n in (2, 3)]
     rows = [(i, old.index(c)) for i, c in enumerate(new) if c in old]
     for name, weight in made.state_dict().items():
         if shapes[0][name] == shapes[1][name]: weight.copy_(state[name])
@@ -167,12 +195,13 @@ def network_with_classes(
             for to, at in rows: weight[to] = state[name][at]
     return made
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #e4db2144
 def load_bundle(
     path,           # That `save_bundle` has written, or 'hub:me/flowers' on the Hugging Face Hub
     device='cpu',
 ) -> Bundle:
-    "The classifier in a file. Nothing in it is executed. Raises `DeployError` where it is no bundle, is damaged, or is of another network than it says."
+    """The classifier in a file. Nothing in it is executed. Raises `DeployError` where it is no bundle, is damaged, or
+    is of another network than it says."""
     if isinstance(path, str) and path.startswith('hub:'):
         from ftlib.deploy.hub import hub_file
         path = hub_file(path.removeprefix('hub:'))
@@ -182,23 +211,27 @@ def load_bundle(
     from safetensors.torch import load_file
     try:
         weights = load_file(str(path))
-        if _digest(text, weights) != digest: raise DeployError(f'{path} is damaged: its checksum is not that of its contents.')
+        if _digest(text, weights) != digest:
+            raise DeployError(f'{path} is damaged: its checksum is not that of its contents.')
         net.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError) as e: raise DeployError(f'{path} is damaged: {str(e)[:300]}') from e
     try: prepare = Preparation(**about['image'])
     except TypeError as e: raise DeployError(f'{path} says something unknown about its images: {e}') from e
-    if not all(isinstance(v, (int, float)) for v in (prepare.size, prepare.margin, prepare.decode_side or 1)) or not 1 <= prepare.size <= 4096 or not 0 <= prepare.margin < 1 or not 1 <= (prepare.decode_side or 1) <= 16384:
+    numbers = prepare.size, prepare.margin, prepare.decode_side or 1
+    if not all(isinstance(v, (int, float)) for v in numbers) or not (
+            1 <= numbers[0] <= 4096 and 0 <= numbers[1] < 1 and 1 <= numbers[2] <= 16384):
         raise DeployError(f'{path} says that its images are {prepare}, which cannot be.')
-    return Bundle(net.eval().requires_grad_(False).to(device), about['classes'], prepare, about['temperature'], about['threshold'], device, about=about)
+    return Bundle(net.eval().requires_grad_(False).to(device), about['classes'], prepare, about['temperature'],
+                  about['threshold'], device, about=about)
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #31b83b99
 def bundle_about(
     path,    # That `save_bundle` has written
 ) -> dict:
     "What a bundle says of itself, without reading its weights. Raises `DeployError`."
     return _read_header(path)[0]
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #b27e3af7
 def _read_header(path):
     "The checked JSON, the shapes of the weights by name, the JSON as it is written, and the checksum"
     from safetensors import SafetensorError, safe_open
@@ -206,53 +239,72 @@ def _read_header(path):
     except OSError as e: raise DeployError(f'{path} cannot be read: {e.strerror}.') from e
     if not stat.S_ISREG(file.st_mode): raise DeployError(f'{path} is not a regular file.')
     with open(path, 'rb') as f: n = int.from_bytes(f.read(8), 'little')
-    if not 2 <= n <= min(MOST_HEADER, file.st_size - 8): raise DeployError(f'{path} is not a bundle: give a file that save_bundle or `ftlib train` has written.')
+    if not 2 <= n <= min(MOST_HEADER, file.st_size - 8):
+        raise DeployError(f'{path} is not a bundle: give a file that save_bundle or `ftlib train` has written.')
     try:
         with safe_open(str(path), 'pt') as f:
             found = f.metadata() or {}
             text, digest = found.get('ftlib'), found.get('sha256')
             shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
         about = json.loads(text) if text is not None else None
-    except (SafetensorError, ValueError, RecursionError, OSError) as e: raise DeployError(f'{path} is damaged, or is not a bundle: {str(e)[:300]}') from e
-    if not isinstance(about, dict) or 'format' not in about: raise DeployError(f'{path} holds weights, but does not say what network they are of: give a file that save_bundle has written.')
-    if not isinstance(about['format'], int) or not 1 <= about['format'] <= FORMAT: raise DeployError(f'{path} has format {about["format"]!r}, this version of ftlib reads 1 to {FORMAT}: install a newer ftlib.')
+    except (SafetensorError, ValueError, RecursionError, OSError) as e:
+        raise DeployError(f'{path} is damaged, or is not a bundle: {str(e)[:300]}') from e
+    if not isinstance(about, dict) or 'format' not in about:
+        raise DeployError(f'{path} holds weights, but does not say what network they are of: give a file that '
+                          f'save_bundle has written.')
+    if not isinstance(about['format'], int) or not 1 <= about['format'] <= FORMAT:
+        raise DeployError(f'{path} has format {about["format"]!r}, this version of ftlib reads 1 to {FORMAT}: install '
+                          f'a newer ftlib.')
     for name, kind in _FIELDS.items():
         value = about.get(name)
         if kind is float and isinstance(value, int) and not isinstance(value, bool): value = about[name] = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool) or kind is float and not np.isfinite(value): raise DeployError(f'{path} is damaged: {name!r} is {str(value)[:60]!r}.')
-    if not about['classes'] or not all(isinstance(c, str) for c in about['classes']) or not about['temperature'] > 0: raise DeployError(f'{path} is damaged: its classes must be names, and its temperature above 0.')
+        if not isinstance(value, kind) or isinstance(value, bool) or kind is float and not np.isfinite(value):
+            raise DeployError(f'{path} is damaged: {name!r} is {str(value)[:60]!r}.')
+    if not about['classes'] or not all(isinstance(c, str) for c in about['classes']) or not about['temperature'] > 0:
+        raise DeployError(f'{path} is damaged: its classes must be names, and its temperature above 0.')
     return about, shapes, text, digest
 
-
-_ARGS = {'builder': str, 'arch': str, 'n_in': int, 'cut': (int, type(None)), 'normalize': bool, 'concat_pool': bool, 'pool': bool, 'lin_ftrs': (list, type(None)), 'ps': (int, float, list), 'first_bn': bool,
-         'bn_final': bool, 'lin_first': bool, 'y_range': (list, type(None)), 'input_size': (int, type(None)), 'img_size': int, 'image_size': int,
+# %% ../../nbs/91_deploy.bundle.ipynb #c1fa17ca
+_ARGS = {'builder': str, 'arch': str, 'n_in': int, 'cut': (int, type(None)), 'normalize': bool, 'concat_pool': bool,
+'pool': bool, 'lin_ftrs': (list, type(None)), 'ps': (int, float, list), 'first_bn': bool,
+         'bn_final': bool, 'lin_first': bool, 'y_range': (list, type(None)), 'input_size': (int, type(None)),
+         'img_size': int, 'image_size': int,
          'channels': list, 'linear': list, 'size': int, 'grid': int, 'n_out': int}
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #7efd7bb9
 def _build(network, n_out=None):
     "The network that a header describes"
-    args = {k: tuple(v) if isinstance(v, list) and k != 'ps' else v for k, v in network.items() if k not in ('builder', 'n_out')}
+    args = {k: tuple(v) if isinstance(v, list) and k != 'ps' else v for k,
+            v in network.items() if k not in ('builder', 'n_out')}
     n_out = network['n_out'] if n_out is None else n_out
     if network['builder'] == 'cnn': return cnn(n_out, **args)
-    return create_network(args.pop('arch'), n_out, weights=None, init=None, **args | ({'lin_ftrs': list(args['lin_ftrs'])} if args.get('lin_ftrs') else {}))
+    return create_network(args.pop('arch'), n_out, weights=None, init=None,
+                          **args | ({'lin_ftrs': list(args['lin_ftrs'])} if args.get('lin_ftrs') else {}))
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #ba6730a3
 def _checked(path, network, n_out, shapes):
     "The network, if its weights have the names and shapes that the file holds"
-    odd = [k for k, v in network.items() if k not in _ARGS or not isinstance(v, _ARGS[k]) or isinstance(v, list) and not all(isinstance(x, (int, float)) for x in v)]
-    if odd or network.get('builder') not in _BUILDERS: raise DeployError(f'{path} describes its network by something unknown: {", ".join(map(repr, odd)) or network.get("builder")!r}.')
+    odd = [k for k, v in network.items() if k not in _ARGS or not isinstance(v, _ARGS[k]) or isinstance(v, list)
+           and not all(isinstance(x, (int, float)) for x in v)]
+    if odd or network.get('builder') not in _BUILDERS:
+        raise DeployError(f'{path} describes its network by something unknown: '
+                          f'{", ".join(map(repr, odd)) or network.get("builder")!r}.')
     arch = network.get('arch', 'cnn')
     if network['builder'] != 'cnn' and arch not in torchvision_names() and arch.split('.')[0] not in timm_names():
-        raise DeployError(f'{path} is of the architecture {arch[:80]!r}, which is none of torchvision or timm here. It was written with {", ".join(f"{k} {v}" for k, v in network.items() if k == "arch")}.')
+        raise DeployError(f'{path} is of the architecture {arch[:80]!r}, which is none of torchvision or timm here. It '
+                          f'was written with {", ".join(f"{k} {v}" for k, v in network.items() if k == "arch")}.')
     try:
-        with torch.device('meta'): expected = {k: tuple(v.shape) for k, v in _build(network, n_out).state_dict().items()}
-    except Exception as e: raise DeployError(f'{path}: {arch} cannot be built as the file says: {type(e).__name__}: {str(e)[:200]}') from e
+        with torch.device('meta'):
+            expected = {k: tuple(v.shape) for k, v in _build(network, n_out).state_dict().items()}
+    except Exception as e:
+        raise DeployError(f'{path}: {arch} cannot be built as the file says: {type(e).__name__}: {str(e)[:200]}') from e
     if expected != shapes:
         different = sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k))
-        raise DeployError(f'{path} does not hold the weights of {arch} with {n_out} classes; different: {", ".join(different[:3])}{" …" * (len(different) > 3)}.')
+        raise DeployError(f'{path} does not hold the weights of {arch} with {n_out} classes; different: '
+                          f'{", ".join(different[:3])}{" …" * (len(different) > 3)}.')
     return _build(network, n_out)
 
-
+# %% ../../nbs/91_deploy.bundle.ipynb #8bac2d4c
 @patch
 def bundle(self:Learner,
     path,              # Where to: 'flowers.ftl'

@@ -27,9 +27,11 @@ class _Guard:
     async def __call__(self, scope, receive, send):
         if scope['type'] not in ('http', 'websocket'): return await self.app(scope, receive, send)
         asked = parse_qs(scope.get('query_string', b'').decode('latin-1')).get('token', [None])[0]
-        if self.token is not None and scope['path'] != '/health' and not self._knows(scope, asked): return await _refuse(scope, send, 401, 'A token is needed: Authorization: Bearer …')
+        if self.token is not None and scope['path'] != '/health' and not self._knows(scope, asked):
+            return await _refuse(scope, send, 401, 'A token is needed: Authorization: Bearer …')
         length = dict(scope['headers']).get(b'content-length', b'0')
-        if not length.isdigit() or int(length) > self.limits.request_bytes: return await _refuse(scope, send, 413, f'A request may have {self.limits.request_bytes:,} bytes.')
+        if not length.isdigit() or int(length) > self.limits.request_bytes:
+            return await _refuse(scope, send, 413, f'A request may have {self.limits.request_bytes:,} bytes.')
         if asked is not None and self.token is not None: send = _with_cookie(send, asked)
         await self.app(scope, self._counted(receive), send)
 
@@ -39,7 +41,8 @@ class _Guard:
         cookie = SimpleCookie()
         try: cookie.load(headers.get(b'cookie', b'').decode('latin-1'))
         except Exception: pass  # of someone else's making
-        said = [headers.get(b'authorization', b'').decode('latin-1').removeprefix('Bearer '), asked, cookie['ftlib_token'].value if 'ftlib_token' in cookie else None]
+        said = [headers.get(b'authorization', b'').decode('latin-1').removeprefix('Bearer '), asked,
+                cookie['ftlib_token'].value if 'ftlib_token' in cookie else None]
         return any([hmac.compare_digest(s.encode(), self.token.encode()) for s in said if s])
 
     def _counted(self, receive):
@@ -55,22 +58,24 @@ class _Guard:
             return message
         return counted
 
-
+# %% ../../nbs/92e_deploy.endpoint.ipynb #6c807fac
 async def _refuse(scope, send, status, said):
     "An answer of one sentence"
     import json
     if scope['type'] == 'websocket': return await send({'type': 'websocket.close', 'code': 1008})
-    await send({'type': 'http.response.start', 'status': status, 'headers': [(b'content-type', b'application/json'), (b'connection', b'close')]})
+    await send({'type': 'http.response.start', 'status': status,
+                'headers': [(b'content-type', b'application/json'), (b'connection', b'close')]})
     await send({'type': 'http.response.body', 'body': json.dumps({'detail': said}).encode()})
 
-
+# %% ../../nbs/92e_deploy.endpoint.ipynb #4df8563d
 def _with_cookie(send, token):
     "`send` that has the browser bring the token from now on"
     async def sent(message):
         if message['type'] == 'http.response.start':
             cookie = SimpleCookie({'ftlib_token': token})
             cookie['ftlib_token'].update({'httponly': True, 'samesite': 'strict', 'path': '/'})
-            message = message | {'headers': [*message['headers'], (b'set-cookie', cookie['ftlib_token'].OutputString().encode('latin-1'))]}
+            message = message | {'headers': [*message['headers'],
+                                             (b'set-cookie', cookie['ftlib_token'].OutputString().encode('latin-1'))]}
         await send(message)
     return sent
 
@@ -79,33 +84,42 @@ def as_json(
     table,     # Of `classify_uploads`
 ) -> list:     # One dictionary an image: name, class, probability, unsure, top, error
     "Predictions as JSON has them."
-    def pairs(row): return [(row[f'class{end}'], row[f'probability{end}']) for end in [f'_{k}' * (k > 1) for k in range(1, 1 + sum(c.startswith('class') for c in table))]]
+    def pairs(row):
+        return [(row[f'class{end}'], row[f'probability{end}'])
+                for end in [f'_{k}' * (k > 1) for k in range(1, 1 + sum(c.startswith('class') for c in table))]]
     found = []
     for row in table.to_dict('records'):
         top = [{'class': c, 'probability': p} for c, p in pairs(row) if isinstance(p, float) and math.isfinite(p)]
         error = row['error'] if isinstance(row['error'], str) else None
-        found.append({'name': row['path'], 'class': None if error else row['class'], 'probability': top[0]['probability'] if top else None,
+        found.append({'name': row['path'], 'class': None if error else row['class'],
+        'probability': top[0]['probability'] if top else None,
                       'unsure': bool(row['unsure']), 'top': top, 'error': error})
     return found
 
-
+# %% ../../nbs/92e_deploy.endpoint.ipynb #347c5de4
 _BODY = {'requestBody': {'required': True, 'content': {
-    'multipart/form-data': {'schema': {'type': 'object', 'properties': {'files': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}, 'description': 'Images, or zip files of images'}}}},
+    'multipart/form-data': {'schema': {'type': 'object',
+    'properties': {'files': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'},
+    'description': 'Images, or zip files of images'}}}},
     **{kind: {'schema': {'type': 'string', 'format': 'binary'}} for kind in ('image/*', 'application/zip')}}}}
 
-
+# %% ../../nbs/92e_deploy.endpoint.ipynb #f054fac9
 def web_app(
     model,                    # A learner, a predictor or a bundle
     token:str|None=None,      # That every request must bring, except for /health
     limits:Limits=Limits(),
     page:bool=True,           # The page for people too, which needs gradio
 ):                            # A FastAPI application, for any ASGI server
-    "`POST /predict`, `GET /health`, the description at `/docs` and the page at `/`. Raises `DeployError` where the extra is missing."
+    """`POST /predict`, `GET /health`, the description at `/docs` and the page at `/`. Raises `DeployError` where the
+    extra is missing."""
     try: import anyio, fastapi, python_multipart  # noqa: F401
     except ImportError as e: raise DeployError(f"{e.name} is not installed: pip install 'ftlib[app]'") from e
-    if token is not None and not token.isascii() or token == '': raise DeployError('token: give a text of plain letters and digits.')
+    if token is not None and not token.isascii() or token == '':
+        raise DeployError('token: give a text of plain letters and digits.')
     shipped = as_predictor(model)
-    app = fastapi.FastAPI(title='ftlib', version=ftlib.__version__, description='Classes of images: ' + ', '.join(shipped.classes[:20]) + ' …' * (len(shipped.classes) > 20))
+    app = fastapi.FastAPI(title='ftlib', version=ftlib.__version__,
+                          description='Classes of '
+                                      'images: ' + ', '.join(shipped.classes[:20]) + ' …' * (len(shipped.classes) > 20))
     app.state.waiting, turns = 0, None
 
     @app.get('/health')
@@ -113,15 +127,18 @@ def web_app(
 
     async def predict(request, top):
         nonlocal turns
-        if app.state.waiting >= limits.at_once + limits.waiting: raise fastapi.HTTPException(503, 'Too many requests are waiting; try again.', {'Retry-After': '2'})
+        if app.state.waiting >= limits.at_once + limits.waiting:
+            raise fastapi.HTTPException(503, 'Too many requests are waiting; try again.', {'Retry-After': '2'})
         turns = turns or anyio.CapacityLimiter(limits.at_once)
         app.state.waiting += 1
         try:
             files = await _files_of(request, limits)
-            table = await anyio.to_thread.run_sync(partial(classify_uploads, shipped, files, limits, top), limiter=turns)
+            table = await anyio.to_thread.run_sync(partial(classify_uploads, shipped, files, limits, top),
+                                                   limiter=turns)
         except ImageError as e: raise fastapi.HTTPException(422, str(e)) from e
         finally: app.state.waiting -= 1
-        return fastapi.responses.JSONResponse({'predictions': as_json(table)}, 422 if table['error'].notna().all() else 200)
+        return fastapi.responses.JSONResponse({'predictions': as_json(table)},
+                                              422 if table['error'].notna().all() else 200)
 
     async def answer(request: fastapi.Request, top: int = fastapi.Query(3, ge=1)): return await predict(request, top)
     app.post('/predict', openapi_extra=_BODY, summary='Classify images')(answer)
@@ -130,10 +147,11 @@ def web_app(
     from ftlib.deploy.app import mount_page
     return mount_page(app, shipped, limits)
 
-
+# %% ../../nbs/92e_deploy.endpoint.ipynb #d9065746
 async def _files_of(request, limits):
     "Names and bytes of a request: its form, or its body"
-    if not request.headers.get('content-type', '').startswith('multipart/form-data'): return [('image', await request.body())]
+    if not request.headers.get('content-type', '').startswith('multipart/form-data'):
+        return [('image', await request.body())]
     from starlette.exceptions import HTTPException
     try: form = await request.form(max_files=limits.images, max_fields=20)
     except HTTPException as e: raise ImageError(str(e.detail)) if e.status_code == 400 else e
@@ -152,12 +170,15 @@ def serve(
     app = web_app(_opened(model), token=token or os.environ.get('FTLIB_TOKEN') or None, **kwargs)
     import uvicorn
     print(f'http://{host}:{port} (stop with Ctrl-C); for programs: POST /predict, described at /docs', file=sys.stderr)
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', timeout_graceful_shutdown=20, server_header=False, limit_concurrency=1000))
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level='warning', timeout_graceful_shutdown=20,
+                                           server_header=False, limit_concurrency=1000))
     try: server.run()
-    except SystemExit as e: raise DeployError(f'the port {port} of {host} cannot be used: it is taken, or needs more rights. Give another --port.') from e
+    except SystemExit as e:
+        raise DeployError(f'the port {port} of {host} cannot be used: it is taken, or needs more rights. Give another '
+                          f'--port.') from e
     except KeyboardInterrupt: pass
 
-
+# %% ../../nbs/92e_deploy.endpoint.ipynb #e2475483
 def _opened(model):
     if not isinstance(model, (str, os.PathLike)): return model
     from ftlib.deploy.bundle import load_bundle

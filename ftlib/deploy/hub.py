@@ -19,20 +19,21 @@ from ..train.learner import Learner
 FILE = 'model.ftl'  # Name of a bundle in a repository
 _NAME = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
 
-
+# %% ../../nbs/92g_deploy.hub.ipynb #8005eb26
 def _repository(name):
     "Repository and revision of 'me/flowers' or 'me/flowers@v2'. Raises `DeployError`."
     found = _NAME.fullmatch(str(name))
-    if not found or '..' in str(name): raise DeployError(f'{str(name)[:100]!r} is no repository: give a name such as me/flowers, or me/flowers@v2.')
+    if not found or '..' in str(name):
+        raise DeployError(f'{str(name)[:100]!r} is no repository: give a name such as me/flowers, or me/flowers@v2.')
     return found.groups()
 
-
+# %% ../../nbs/92g_deploy.hub.ipynb #035bf2e8
 def _hub():
     try: import huggingface_hub
     except ImportError as e: raise DeployError("huggingface_hub is not installed: pip install 'ftlib[hub]'") from e
     return huggingface_hub
 
-
+# %% ../../nbs/92g_deploy.hub.ipynb #306b17bd
 def hub_file(
     name,             # 'me/flowers', or 'me/flowers@v2'
     token=None,       # By default the one of `hf auth login`
@@ -40,9 +41,11 @@ def hub_file(
     "The bundle of a repository, fetched once into the cache. Raises `DeployError`."
     (repo, revision), hub = _repository(name), _hub()
     try: return Path(hub.hf_hub_download(repo, FILE, revision=revision, token=token, library_name='ftlib'))
-    except Exception as e: raise DeployError(f'{repo} cannot be fetched from the hub: {type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ""}') from e
+    except Exception as e:
+        raise DeployError(f'{repo} cannot be fetched from the hub: {type(e).__name__}: '
+                          f'{str(e).strip().splitlines()[0][:200] if str(e).strip() else ""}') from e
 
-
+# %% ../../nbs/92g_deploy.hub.ipynb #8d09b07d
 @patch
 def push_to_hub(self:Learner,
     name,               # 'me/flowers'
@@ -50,14 +53,19 @@ def push_to_hub(self:Learner,
     private:bool=False, # Of a repository that is made
     **kwargs,           # More arguments of `save_bundle`: licence, author, notes
 ) -> str:               # Address of the commit
-    "Write the bundle and its card into a repository of the hub, which is made where there is none. Raises `DeployError`."
+    """Write the bundle and its card into a repository of the hub, which is made where there is none. Raises
+    `DeployError`."""
     from ftlib.deploy.bundle import load_bundle, save_bundle
     (repo, revision), hub = _repository(name), _hub()
     with tempfile.TemporaryDirectory(prefix='ftlib') as folder:
         model = load_bundle(save_bundle(self, Path(folder) / FILE, **kwargs))
-        (Path(folder) / 'README.md').write_text(f'---\nlibrary_name: ftlib\npipeline_tag: image-classification\n---\n\n{model.card()}', encoding='utf-8')
+        (Path(folder) / 'README.md').write_text(f'---\nlibrary_name: ftlib\npipeline_tag: '
+                                                f'image-classification\n---\n\n{model.card()}', encoding='utf-8')
         api = hub.HfApi(token=token, library_name='ftlib')
         try:
             api.create_repo(repo, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message='A bundle by ftlib').commit_url)
-        except Exception as e: raise DeployError(f'{repo} cannot be written on the hub: {type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ""}') from e
+            return str(api.upload_folder(repo_id=repo, folder_path=folder, revision=revision,
+                                         commit_message='A bundle by ftlib').commit_url)
+        except Exception as e:
+            raise DeployError(f'{repo} cannot be written on the hub: {type(e).__name__}: '
+                              f'{str(e).strip().splitlines()[0][:200] if str(e).strip() else ""}') from e

@@ -26,10 +26,11 @@ def _torch_ways(shipped):
     "torch in single precision, and in bfloat16 on the CPU or half precision elsewhere"
     def fp32(x): return shipped.probabilities(torch.from_numpy(x)).numpy()
     def bf16(x):
-        with torch.autocast(shipped.device.type, torch.bfloat16): return shipped.probabilities(torch.from_numpy(x)).numpy()
+        with torch.autocast(shipped.device.type, torch.bfloat16):
+            return shipped.probabilities(torch.from_numpy(x)).numpy()
     return {('torch', 'fp32'): fp32, ('torch', 'bf16'): bf16}
 
-
+# %% ../../nbs/92b_deploy.latency.ipynb #feefffab
 def _file_ways(shipped, learn, folder, int8):
     "onnxruntime and OpenVINO, with a file in single precision and one of 8 bits"
     files = {'fp32': folder / 'net.onnx'}
@@ -37,9 +38,11 @@ def _file_ways(shipped, learn, folder, int8):
     if int8:
         files['int8'] = folder / 'net8.onnx'
         quantise_onnx(files['fp32'], files['int8'], calibration_images(learn, 32))
-    return {(runtime, precision): load(file) for runtime, load in (('onnxruntime', _onnxruntime), ('openvino', _openvino)) if find_spec(runtime) for precision, file in files.items()}, files
+    return {(runtime, precision): load(file) for runtime,
+            load in (('onnxruntime', _onnxruntime), ('openvino', _openvino)) if find_spec(runtime) for precision,
+            file in files.items()}, files
 
-
+# %% ../../nbs/92b_deploy.latency.ipynb #d9ab2c73
 def _onnxruntime(file):
     import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -47,13 +50,15 @@ def _onnxruntime(file):
     session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
     return lambda x: session.run(None, {'image': x})[0]
 
-
+# %% ../../nbs/92b_deploy.latency.ipynb #b062bd24
 def _openvino(file):
     import openvino
-    net = openvino.Core().compile_model(str(file), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': torch.get_num_threads()})
+    net = openvino.Core().compile_model(str(file), 'CPU',
+                                        {'INFERENCE_PRECISION_HINT': 'f32',
+                                        'INFERENCE_NUM_THREADS': torch.get_num_threads()})
     return lambda x: net(x)[0]
 
-
+# %% ../../nbs/92b_deploy.latency.ipynb #20b5b5f1
 @patch
 def benchmark(self:Learner,
     batches=(1, 32),     # Images in a batch
@@ -61,19 +66,23 @@ def benchmark(self:Learner,
     int8:bool=True,      # Also 8 bits, with ranges from 32 training images
 ) -> pd.DataFrame:       # runtime, precision, batch, milliseconds, images/s, MB
     "Measure how long predictions take. torch alone where onnxruntime is not installed. Raises `DeployError`."
-    if not isinstance(repeats, int) or repeats < 1 or not all(isinstance(b, int) and b > 0 for b in batches): raise DeployError(f'repeats={repeats!r}, batches={batches!r}: give whole numbers of at least 1.')
+    if not isinstance(repeats, int) or repeats < 1 or not all(isinstance(b, int) and b > 0 for b in batches):
+        raise DeployError(f'repeats={repeats!r}, batches={batches!r}: give whole numbers of at least 1.')
     shipped, rng = as_predictor(self), np.random.default_rng(0)
-    ways, sizes = _torch_ways(shipped), {'fp32': sum(t.numel() * t.element_size() for t in self.model.state_dict().values())}
+    ways, sizes = _torch_ways(shipped), {'fp32': sum(t.numel() * t.element_size()
+                                                     for t in self.model.state_dict().values())}
     sizes['bf16'] = sizes['fp32']
     with tempfile.TemporaryDirectory(prefix='ftlib') as folder:
         if all(map(find_spec, ('onnx', 'onnxruntime', 'onnxscript'))):
             more, files = _file_ways(shipped, self, Path(folder), int8)
             ways |= more
             sizes |= {precision: file.stat().st_size for precision, file in files.items()}
-        rows = [row | {'MB': sizes[row['precision']] / 1e6} for n in batches for row in _timed(ways, rng.integers(0, 256, (n, 3, *[shipped.prepare.size] * 2), dtype=np.uint8), repeats)]
+        rows = [row | {'MB': sizes[row['precision']] / 1e6} for n in batches
+                for row in _timed(ways, rng.integers(0, 256, (n, 3, *[shipped.prepare.size] * 2), dtype=np.uint8),
+                repeats)]
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/92b_deploy.latency.ipynb #d3ba03fe
 def _timed(ways, x, repeats):
     "A row for each way, over batches of `x`"
     times = {way: [] for way in ways}
@@ -83,4 +92,6 @@ def _timed(ways, x, repeats):
             start = time.perf_counter()
             ask(x)
             times[way].append(time.perf_counter() - start)
-    for (runtime, precision), seconds in times.items(): yield dict(runtime=runtime, precision=precision, batch=len(x), milliseconds=1000 * float(np.median(seconds)), **{'images/s': len(x) / float(np.median(seconds))})
+    for (runtime, precision), seconds in times.items():
+        yield dict(runtime=runtime, precision=precision, batch=len(x), milliseconds=1000 * float(np.median(seconds)),
+                   **{'images/s': len(x) / float(np.median(seconds))})

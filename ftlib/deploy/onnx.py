@@ -26,9 +26,10 @@ from ..train.learner import Learner
 # %% ../../nbs/92_deploy.onnx.ipynb #97b8aa1a
 _ONE = 1 << 22  # Pillow's weights are multiples of 1 / _ONE
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #a67b488d
 def _weights(n_in, n_out, low, high):
-    "n_out × n_in: the triangle filter of Pillow's bilinear resize, as whole numbers, of the part from `low` to `high` of `n_in` pixels"
+    """n_out × n_in: the triangle filter of Pillow's bilinear resize, as whole numbers, of the part from `low` to
+    `high` of `n_in` pixels"""
     scale = (high - low).double() / n_out
     width = torch.clamp(scale, min=1.)
     middle = low.double() + (torch.arange(n_out, dtype=torch.float64) + .5) * scale
@@ -36,7 +37,7 @@ def _weights(n_in, n_out, low, high):
     w = torch.relu(1 - ((at[None] - middle[:, None]) / width).abs())
     return torch.floor(w / w.sum(1, keepdim=True) * _ONE + .5)
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #55f8bcde
 class Prepare(nn.Module):
     "`Preparation` as a part of a network: bytes N × 3 × h × w in, values 0 to 1 of N × 3 × size × size out"
     def __init__(self, how): # A `Preparation`
@@ -51,7 +52,8 @@ class Prepare(nn.Module):
         live = [n - 2 * (self.margin / 2 * n) for n in (h, w)]
         keep = torch.minimum(*live)
         top, left = (self.margin / 2 * n + (free - keep) * .5 for n, free in zip((h, w), live))
-        return self._resized(x, self.size, self.size, *(n.float() for n in (top, top + keep, left, left + keep))).float() / 255
+        return self._resized(x, self.size, self.size, *(n.float()
+                                                        for n in (top, top + keep, left, left + keep))).float() / 255
 
     def _shrunk(self, x):
         "The short side at most `side` pixels"
@@ -59,14 +61,15 @@ class Prepare(nn.Module):
         short = torch.sym_min(h, w)
         to = torch.sym_min(short, self.side)
         zero = torch.scalar_tensor(0, dtype=torch.float32)
-        return self._resized(x, *(_rounded(n * to, short) for n in (h, w)), zero, _double(h).float(), zero, _double(w).float())
+        return self._resized(x, *(_rounded(n * to, short) for n in (h, w)), zero, _double(h).float(), zero,
+                             _double(w).float())
 
     @staticmethod
     def _resized(x, height, width, top, bottom, left, right):
         x = torch.floor((x @ _weights(x.shape[-1], width, left, right).T + _ONE / 2) / _ONE)
         return torch.floor((_weights(x.shape[-2], height, top, bottom) @ x + _ONE / 2) / _ONE)
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #b0c386c0
 def _double(n): return torch.scalar_tensor(n, dtype=torch.float64)
 
 
@@ -75,7 +78,7 @@ def _rounded(a, b):
     floor = a // b
     return floor + (2 * (a - floor * b) + floor % 2 + b - 1) // (2 * b)
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #d6349b21
 class Shipped(nn.Module):
     "Preparation, network, temperature and softmax in one"
     def __init__(self, prepare, net, temperature):
@@ -90,7 +93,7 @@ def _runtime():
     except ImportError as e: raise DeployError(f"{e.name} is not installed: pip install 'ftlib[onnx]'") from e
     return onnxruntime
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #8e3e138c
 def write_onnx(
     learn,                     # A learner over data from `image_data`, or a bundle
     path,                      # Where to: 'flowers.onnx'
@@ -101,10 +104,12 @@ def write_onnx(
     calibrate:int=128,         # Training images that the ranges of the activations are taken from
     max_drop:float=.01,        # Largest drop of the accuracy on the validation images that quantising may cost
 ) -> pd.DataFrame:             # One row an image: path, class, in ONNX, difference of probabilities; label with int8
-    "Write an ONNX file: bytes N × 3 × h × w of any size in, probabilities out, with classes and threshold as metadata. Raises `DeployError`, and leaves no file, where it gives other classes than the learner."
+    """Write an ONNX file: bytes N × 3 × h × w of any size in, probabilities out, with classes and threshold as
+    metadata. Raises `DeployError`, and leaves no file, where it gives other classes than the learner."""
     runtime, shipped, path = _runtime(), as_predictor(learn), Path(path)
     if images is None:
-        if isinstance(learn, Predictor): raise DeployError('a bundle holds no images to compare on: give some, images=.')
+        if isinstance(learn, Predictor):
+            raise DeployError('a bundle holds no images to compare on: give some, images=.')
         images = [item.source for item in learn.dls.valid_ds.tls[0].items]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.onnx')
@@ -118,36 +123,44 @@ def write_onnx(
         os.replace(draft, path)
     finally:
         for file in Path(draft).parent.glob(f'{Path(draft).name}*'): file.unlink()
-    print(f'{path}: the same class for {(table["class"] == table["class in ONNX"]).sum():,} of {len(table):,} images; the largest difference of a probability is {table["difference"].max():.1e}.' + (said if int8 else ''))
+    print(f'{path}: the same class for {(table["class"] == table["class in ONNX"]).sum():,} of {len(table):,} images; '
+          f'the largest difference of a probability is {table["difference"].max():.1e}.' + (said if int8 else ''))
     return table
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #ca51ae9e
 def _check_classes(table, tolerance):
     "Raises `DeployError` where a class differs by more than a tie"
     changed = table[(table['class'] != table['class in ONNX']) & (table['difference'] > tolerance)]
-    if len(changed): raise DeployError(f'the ONNX network gives another class for {len(changed)} of {len(table)} images: {", ".join(changed["path"][:5])}{" …" * (len(changed) > 5)}. No file was written.')
+    if len(changed):
+        raise DeployError(f'the ONNX network gives another class for {len(changed)} of {len(table)} images: '
+                          f'{", ".join(changed["path"][:5])}{" …" * (len(changed) > 5)}. No file was written.')
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #fe5c8e26
 def _write(shipped, path, opset):
     "The ONNX file, with what a program must know as metadata"
     import logging
 
     import onnx
     whole = Shipped(Prepare(shipped.prepare), shipped.net, shipped.temperature).eval().cpu()
-    dims = {0: torch.export.Dim('batch', min=1, max=4096), 2: torch.export.Dim('height', min=2, max=16384), 3: torch.export.Dim('width', min=2, max=16384)}
+    dims = {0: torch.export.Dim('batch', min=1, max=4096), 2: torch.export.Dim('height', min=2, max=16384),
+            3: torch.export.Dim('width', min=2, max=16384)}
     quiet = logging.getLogger('torch.onnx')
     level, modes = quiet.level, [(m, m.training) for m in shipped.net.modules()]
     quiet.setLevel(logging.ERROR)
     try:
         example = torch.zeros(2, 3, 2 * shipped.prepare.size + 1, 3 * shipped.prepare.size, dtype=torch.uint8)
-        torch.onnx.export(whole, (example,), path, opset_version=opset, input_names=['image'], output_names=['probabilities'], dynamic_shapes={'image': dims}, dynamo=True, external_data=False, verbose=False)
-    except Exception as e: raise DeployError(f'torch.onnx cannot export this network: {type(e).__name__}: {str(e)[:300]}') from e
+        torch.onnx.export(whole, (example,), path, opset_version=opset, input_names=['image'],
+                          output_names=['probabilities'], dynamic_shapes={'image': dims}, dynamo=True,
+                          external_data=False, verbose=False)
+    except Exception as e:
+        raise DeployError(f'torch.onnx cannot export this network: {type(e).__name__}: {str(e)[:300]}') from e
     finally:
         quiet.setLevel(level)
         for m, mode in modes: m.training = mode
         shipped.net.to(shipped.device)
     model = onnx.load(path)
-    about = dict(classes=json.dumps(shipped.classes), threshold=str(shipped.threshold), size=str(shipped.prepare.size), margin=str(shipped.prepare.margin), temperature=str(shipped.temperature))
+    about = dict(classes=json.dumps(shipped.classes), threshold=str(shipped.threshold), size=str(shipped.prepare.size),
+                 margin=str(shipped.prepare.margin), temperature=str(shipped.temperature))
     for key, value in about.items(): model.metadata_props.add(key=key, value=value)
     onnx.save(model, path)
 
@@ -158,26 +171,29 @@ def as_input(
     "An image as the file takes it."
     return np.ascontiguousarray(np.asarray(open_image(image)).transpose(2, 0, 1)[None])
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #803a4226
 def compare_onnx(
     model,         # A learner, a predictor or a bundle
     path,          # An ONNX file by `write_onnx`
     images,        # Paths, arrays, PIL images
     runtime=None,  # onnxruntime
-) -> pd.DataFrame: # One row an image that can be decoded: path, class, class in ONNX, difference (largest of a probability)
-    "What a file answers, beside the network that it was made from. The file gets each image as it is, the network as it is prepared for validation."
+) -> pd.DataFrame: # One row an image that can be decoded: path, class, class in ONNX, difference (largest of a
+    # probability)
+    """What a file answers, beside the network that it was made from. The file gets each image as it is, the network as
+    it is prepared for validation."""
     shipped, rows = as_predictor(model), []
     session = (runtime or _runtime()).InferenceSession(str(path), providers=['CPUExecutionProvider'])
     found = shipped.predict_images(images, top=len(shipped.classes), progress=False)
     for image, row in zip(images, found.to_dict('records')):
         if row['error'] is not None: continue
-        ours = {row[f'class{end}']: row[f'probability{end}'] for end in [f'_{k}' * (k > 1) for k in range(1, len(shipped.classes) + 1)]}
+        ours = {row[f'class{end}']: row[f'probability{end}']
+                for end in [f'_{k}' * (k > 1) for k in range(1, len(shipped.classes) + 1)]}
         theirs = session.run(None, {'image': as_input(image)})[0][0]
         rows.append({'path': row['path'], 'class': row['class'], 'class in ONNX': shipped.classes[int(theirs.argmax())],
                      'difference': max(abs(float(p) - ours[c]) for c, p in zip(shipped.classes, theirs))})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #40dc29f5
 @patch
 def export_onnx(self:Learner,
     path,          # Where to: 'flowers.onnx'
@@ -208,14 +224,16 @@ def quantise_onnx(
     root.setLevel(logging.ERROR)  # it advises what is done here
     try:
         quant_pre_process(str(path), f'{out}.pre', skip_symbolic_shape=True)
-        quantize_static(f'{out}.pre', str(out), Images(), quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=['Conv', 'Gemm'],
+        quantize_static(f'{out}.pre', str(out), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
+        op_types_to_quantize=['Conv', 'Gemm'],
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
-    except Exception as e: raise DeployError(f'onnxruntime cannot quantise this network: {type(e).__name__}: {str(e)[:300]}') from e
+    except Exception as e:
+        raise DeployError(f'onnxruntime cannot quantise this network: {type(e).__name__}: {str(e)[:300]}') from e
     finally:
         root.setLevel(level)
         Path(f'{out}.pre').unlink(missing_ok=True)
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #b43776d4
 def calibration_images(
     learn,       # A learner
     n:int=128,
@@ -224,21 +242,29 @@ def calibration_images(
     items = [item.source for item in learn.dls.train_ds.tls[0].items]
     return [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), n)).astype(int)]
 
-
+# %% ../../nbs/92_deploy.onnx.ipynb #17f108a8
 def _quantised(learn, shipped, draft, images, n, max_drop, runtime):
     "Replaces the file by its quantised version; gives the comparison, and a sentence about what it costs"
-    if isinstance(learn, Predictor): raise DeployError('int8=True needs a learner, whose training images it takes the ranges from: load_bundle(…).learner(dls).export_onnx(…, int8=True).')
+    if isinstance(learn, Predictor):
+        raise DeployError('int8=True needs a learner, whose training images it takes the ranges from: '
+                          'load_bundle(…).learner(dls).export_onnx(…, int8=True).')
     labels = {str(item.source): str(item.label) for item in learn.dls.valid_ds.tls[0].items}
     large = os.path.getsize(draft)
     quantise_onnx(draft, f'{draft}.int8', calibration_images(learn, n))
     table = compare_onnx(shipped, f'{draft}.int8', images, runtime)
-    label = [labels.get(str(p)) for p in table['path']] if all(isinstance(i, (str, Path)) for i in images) else [str(item.label) for item in learn.dls.valid_ds.tls[0].items][:len(table)]
+    label = [labels.get(str(p)) for p in table['path']] if all(isinstance(i, (str, Path))
+        for i in images) else [str(item.label) for item in learn.dls.valid_ds.tls[0].items][:len(table)]
     table['label'] = label
     known = table[table['label'].notna()]
-    if not len(known): raise DeployError('int8=True needs images whose classes are known: leave images= out, and the validation images are taken.')
+    if not len(known):
+        raise DeployError('int8=True needs images whose classes are known: leave images= out, and the validation '
+                          'images are taken.')
     right = [int((known[c] == known['label']).sum()) for c in ('class', 'class in ONNX')]
     drop = (right[0] - right[1]) / len(known)
-    both = ' → '.join(f'{k / len(known):.4f} [{low:.4f}, {high:.4f}]' for k in right for low, high in [wilson(k, len(known))])
-    if drop > max_drop: raise DeployError(f'with 8 bits the accuracy on {len(known):,} images falls by {drop:.4f}, more than max_drop={max_drop:g}: {both}. No file was written.')
+    both = ' → '.join(f'{k / len(known):.4f} [{low:.4f}, {high:.4f}]' for k in right for low,
+                      high in [wilson(k, len(known))])
+    if drop > max_drop:
+        raise DeployError(f'with 8 bits the accuracy on {len(known):,} images falls by {drop:.4f}, more than '
+                          f'max_drop={max_drop:g}: {both}. No file was written.')
     os.replace(f'{draft}.int8', draft)
     return table, f' 8 bits: accuracy {both}; {large / 1e6:.1f} → {os.path.getsize(draft) / 1e6:.1f} MB.'

@@ -33,7 +33,8 @@ from ..errors import DeployError
 # %% ../../nbs/90_deploy.predict.ipynb #46fae537
 @dataclass(frozen=True)
 class Preparation:
-    "How an image becomes the network's input: the short side shrunk to at most `decode_side`, the middle cropped and resized to `size` × `size`, values 0 to 1"
+    """How an image becomes the network's input: the short side shrunk to at most `decode_side`, the middle cropped and
+    resized to `size` × `size`, values 0 to 1"""
     size: int               # Pixels per side of the input
     margin: float = 0.      # Share of the short side that is cut away
     decode_side: int|None = None  # Pixels; None leaves the decoded image as it is
@@ -44,12 +45,16 @@ class Preparation:
     ):
         "The preparation of a validation set. Raises `DeployError` where it is anything else than `image_data`'s own."
         valid = dls.loaders[-1]
-        item, batch = [[f for f in p.fs if getattr(f, 'split_idx', None) in (None, 1)] for p in (valid.after_item, valid.after_batch)]
-        opened = [f for f in valid.dataset.tls[0].tfms.fs if isinstance(f, LoadImage)] if hasattr(valid.dataset, 'tls') else []
-        crops, odd = [f for f in item if isinstance(f, CenterCrop)], [f for f in [*item, *batch] if not isinstance(f, (CenterCrop, ToTensor, IntToFloatTensor))]
+        item, batch = [[f for f in p.fs if getattr(f, 'split_idx', None) in (None, 1)]
+                       for p in (valid.after_item, valid.after_batch)]
+        opened = [f for f in valid.dataset.tls[0].tfms.fs if isinstance(f, LoadImage)] if hasattr(valid.dataset,
+            'tls') else []
+        crops, odd = [f for f in item if isinstance(f, CenterCrop)], [f for f in [*item, *batch]
+            if not isinstance(f, (CenterCrop, ToTensor, IntToFloatTensor))]
         if len(opened) != 1 or len(crops) != 1 or odd:
             name = type(odd[0]).__name__ if odd else type(dls).__name__
-            raise DeployError(f"the validation images go through {name}, which is not a part of image_data's own preparation, so it cannot be written down as numbers. Build the data with image_data.")
+            raise DeployError(f"the validation images go through {name}, which is not a part of image_data's own "
+                              f"preparation, so it cannot be written down as numbers. Build the data with image_data.")
         return cls(crops[0].size, crops[0].margin, opened[0].side)
 
     def __call__(self, image) -> torch.Tensor:  # A path, bytes, an array, a PIL image → 3 × size × size bytes
@@ -59,29 +64,40 @@ class Preparation:
 
 # %% ../../nbs/90_deploy.predict.ipynb #d47b399c
 def find_images(
-    source,  # A folder (with all folders in it), a glob pattern, a CSV file with a column `path`, one image or a list of them: paths, bytes, arrays, PIL images
+    # A folder (with all folders in it), a glob pattern, a CSV file with a column `path`, one image or a list of them:
+    # paths, bytes, arrays, PIL images
+    source,
 ) -> list:
     "The images that are meant, in order. Raises `DeployError` where there are none."
     if isinstance(source, pd.DataFrame): found = _listed(source, Path())
-    elif isinstance(source, (str, Path)) and Path(source).suffix.lower() == '.csv' and Path(source).is_file(): found = _listed(_table(source), Path(source).parent)
-    elif isinstance(source, (str, Path)) and any(c in str(source) for c in '*?[') and not Path(source).exists(): found = [Path(p) for p in sorted(glob(str(source), recursive=True)) if Path(p).is_file()]
-    elif isinstance(source, (str, Path)): found = [p for p in _files(existing(source)) if _is_image(p)] if Path(source).is_dir() else [existing(source)]
-    elif isinstance(source, (bytes, bytearray)) or hasattr(source, 'getpixel') or getattr(source, 'ndim', 0) in (2, 3): found = [source]
+    elif isinstance(source, (str, Path)) and Path(source).suffix.lower() == '.csv' and Path(source).is_file():
+        found = _listed(_table(source), Path(source).parent)
+    elif isinstance(source, (str, Path)) and any(c in str(source) for c in '*?[') and not Path(source).exists():
+        found = [Path(p) for p in sorted(glob(str(source), recursive=True)) if Path(p).is_file()]
+    elif isinstance(source, (str, Path)):
+        found = [p for p in _files(existing(source)) if _is_image(p)] if Path(source).is_dir() else [existing(source)]
+    elif isinstance(source, (bytes, bytearray)) or hasattr(source, 'getpixel') or getattr(source, 'ndim', 0) in (2, 3):
+        found = [source]
     else: found = list(source)
-    if not found: raise DeployError(f'there are no images in {str(source)[:200]!r}. Give a folder, a pattern such as photographs/*.jpg, a CSV file with a column "path", or a list of paths.')
+    if not found:
+        raise DeployError(f'there are no images in {str(source)[:200]!r}. Give a folder, a pattern such as '
+                          f'photographs/*.jpg, a CSV file with a column "path", or a list of paths.')
     return found
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #5bb50d44
 def _table(file):
     try: return pd.read_csv(file, dtype=str)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise DeployError(f'{file} cannot be read as CSV: {e}') from e
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+        raise DeployError(f'{file} cannot be read as CSV: {e}') from e
 
 
 def _listed(table, folder):
-    if 'path' not in table: raise DeployError(f'the table has no column "path" that names the images; it has {", ".join(map(repr, table.columns))}.')
+    if 'path' not in table:
+        raise DeployError(f'the table has no column "path" that names the images; it has '
+                          f'{", ".join(map(repr, table.columns))}.')
     return [folder / p for p in table['path'].dropna()]
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #d051f98f
 def _prepared(prepare, images, threads, ahead):
     "Each image with its pixels, or with the reason why there are none; at most `ahead` images are in memory"
     def one(image):
@@ -94,7 +110,7 @@ def _prepared(prepare, images, threads, ahead):
             if len(waiting) >= ahead: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #101920c1
 def _batches(images, bs):
     "Lists of `bs` that can be decoded, in order, each with those before it that can't"
     batch, n = [], 0
@@ -138,16 +154,21 @@ class Predictor:
         return (probs, features.float().flatten(1).cpu()) if embeddings else probs
 
     def predict(self, image):
-        "The class of one image (None below the threshold), and the probability of each class. Raises `ImageError` where it cannot be decoded."
+        """The class of one image (None below the threshold), and the probability of each class. Raises `ImageError`
+        where it cannot be decoded."""
         probs = self.probabilities(self.prepare(image)[None])[0]
         best = int(probs.argmax())
-        return self.classes[best] if probs[best] >= self.threshold else None, pd.Series(probs.numpy(), self.classes, name='probability')
+        return self.classes[best] if probs[best] >= self.threshold else None, pd.Series(probs.numpy(), self.classes,
+            name='probability')
 
     def predict_images(self,
         source,                  # What `find_images` takes
-        **kwargs,                # More arguments of `predict_batches`: top, bs, threads, threshold, embeddings, progress
-    ) -> pd.DataFrame:           # One row an image: path (or image), class, probability, class_2, probability_2, …, unsure, error
-        "Classify images, which are decoded in parallel and never all in memory. An image that cannot be decoded has no class, but the reason in `error`. Raises `DeployError`."
+        # More arguments of `predict_batches`: top, bs, threads, threshold, embeddings, progress
+        **kwargs,
+    ) -> pd.DataFrame:           # One row an image: path (or image), class, probability, class_2, probability_2, …,
+        # unsure, error
+        """Classify images, which are decoded in parallel and never all in memory. An image that cannot be decoded has
+        no class, but the reason in `error`. Raises `DeployError`."""
         return pd.concat(self.predict_batches(source, **kwargs), ignore_index=True)
 
     def predict_batches(self,
@@ -160,7 +181,8 @@ class Predictor:
         progress:bool=True,      # Show a bar with images a second
     ):                           # Yields tables like those of `predict_images`
         "`predict_images` one batch after another, for more images than a table should hold. Raises `DeployError`."
-        if not isinstance(top, int) or not 1 <= top <= len(self.classes): raise DeployError(f'top={top!r}: give a number of classes from 1 to {len(self.classes)}.')
+        if not isinstance(top, int) or not 1 <= top <= len(self.classes):
+            raise DeployError(f'top={top!r}: give a number of classes from 1 to {len(self.classes)}.')
         if not isinstance(bs, int) or bs < 1: raise DeployError(f'bs={bs!r}: give a number of images, 1 or more.')
         images, threads = find_images(source), threads or min(8, os.cpu_count() or 1)
         batches = _batches(_prepared(self.prepare, images, threads, 2 * bs + threads), bs)
@@ -177,14 +199,16 @@ class Predictor:
             if bar is not None:
                 bar.comment = f'{n / (time.perf_counter() - start):.0f} images/s'
                 bar.update(n)
-            yield pd.DataFrame({column: pd.Series([row[column] for row in rows], dtype=_column_type(column)) for column in rows[0]})
+            yield pd.DataFrame({column: pd.Series([row[column] for row in rows], dtype=_column_type(column))
+                                for column in rows[0]})
 
     def _rows(self, batch, n_before, top, threshold, embeddings):
         "A dictionary for each image of a batch"
         readable = [pixels for _, pixels, _ in batch if pixels is not None]
         found = self.probabilities(torch.stack(readable), embeddings) if readable else None
         probs, features = found if readable and embeddings else (found, None)
-        answers = iter(zip(*(t.tolist() for t in probs.topk(top, 1)), [None] * len(probs) if features is None else features.numpy())) if readable else iter(())
+        answers = iter(zip(*(t.tolist() for t in probs.topk(top, 1)),
+                           [None] * len(probs) if features is None else features.numpy())) if readable else iter(())
         for n, (image, pixels, error) in enumerate(batch, n_before):
             best, which, embedding = next(answers) if pixels is not None else ([float('nan')] * top, [None] * top, None)
             row = {'path': str(image) if isinstance(image, (str, Path)) else f'image {n}'}
@@ -194,10 +218,10 @@ class Predictor:
             row |= dict(unsure=pixels is not None and best[0] < threshold, error=error)
             yield row | dict(embedding=embedding) if embeddings else row
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #9138bf81
 def _column_type(column): return float if column.startswith('prob') else bool if column == 'unsure' else object
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #22cf199f
 def as_predictor(
     learn,  # A learner over data from `image_data`, or a `Predictor`
 ) -> Predictor:
@@ -208,18 +232,21 @@ def as_predictor(
     own = {} if calibration is None else dict(temperature=calibration.temperature, threshold=calibration.threshold)
     return Predictor(learn.model, learn.dls.vocab, Preparation.of(learn.dls), device=learn.dls.device, **own)
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #54f5d7ac
 def _check_softmax(learn):
     "One class an image, whose probabilities are the softmax of the outputs?"
     activation, logits = getattr(learn.loss_func, 'activation', None), torch.tensor([[1., -2., .5]])
     activation = getattr(activation, 'activation', activation)  # beneath a calibration's temperature
     if activation is not None and not torch.allclose(activation(logits), logits.softmax(1)):
-        raise DeployError(f"{type(learn.loss_func).__name__} does not turn outputs into probabilities by softmax: only classifiers that name one class an image can be shipped.")
+        raise DeployError(f"{type(learn.loss_func).__name__} does not turn outputs into probabilities by softmax: only "
+                          f"classifiers that name one class an image can be shipped.")
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #e2f7e82f
 def predict_images(
     model,     # A learner, a `Predictor`, or the path of a bundle
-    source,    # A folder (with all folders in it), a glob pattern, a CSV file with a column `path`, or a list of paths, bytes, arrays, PIL images
+    # A folder (with all folders in it), a glob pattern, a CSV file with a column `path`, or a list of paths, bytes,
+    # arrays, PIL images
+    source,
     **kwargs,  # More arguments of `Predictor.predict_images`: top, bs, threads, threshold, embeddings, progress
 ) -> pd.DataFrame:  # One row an image
     "Classify new images: `predict_images(learn, 'photographs', top=3)`. See `Predictor.predict_images`."
@@ -233,7 +260,8 @@ def sort_into_folders(
     table:pd.DataFrame,  # Of `predict_images`
     folder,              # Where the folders go, one for each class, and one called 'unsure'
 ) -> pd.Series:          # Copied images by folder
-    "Copy each image into the folder of its class. Images without a class are left out; files that are there are never overwritten."
+    """Copy each image into the folder of its class. Images without a class are left out; files that are there are
+    never overwritten."""
     import shutil
     counts = Counter()
     for path, cls, unsure in table.loc[table['error'].isna(), ['path', 'class', 'unsure']].itertuples(index=False):
@@ -246,7 +274,7 @@ def sort_into_folders(
         counts[name] += 1
     return pd.Series(counts, dtype=int, name='images')
 
-
+# %% ../../nbs/90_deploy.predict.ipynb #235dd078
 def _folder_name(cls):
     "A class as the name of a folder, which leads nowhere else"
     name = ''.join('_' if c in '/\\:\0' or ord(c) < 32 else c for c in cls).strip(' .')

@@ -28,11 +28,18 @@ def add_classes(self:Learner,
     lr:float|None=None,     # Learning rate of the head; by default found by a sweep
     **kwargs,               # More arguments of `vision_learner`: cbs, seed, views
 ) -> Learner:               # Frozen up to the head; `added_classes` is the table
-    "A learner for more classes: the body of this one, old outputs from their weights, new outputs trained with them. Raises `DeployError`."
+    """A learner for more classes: the body of this one, old outputs from their weights, new outputs trained with them.
+    Raises `DeployError`."""
     old, new = ([str(c) for c in d.vocab] for d in (self.dls, dls))
-    if missing := [c for c in old if c not in new]: raise DeployError(f'the data have no images of {", ".join(map(repr, missing[:5]))}: give images of the old classes too, or they are forgotten.')
-    if len(new) == len(old): raise DeployError(f'the data have no class that is new: {", ".join(map(repr, new[:5]))}{" …" * (len(new) > 5)}.')
-    if getattr(self.model, 'built_by', None) is None: raise DeployError(f'it is not known how this {type(self.model).__name__} was built, so it cannot be built with more outputs.')
+    if missing := [c for c in old if c not in new]:
+        raise DeployError(f'the data have no images of {", ".join(map(repr, missing[:5]))}: give images of the old '
+                          f'classes too, or they are forgotten.')
+    if len(new) == len(old):
+        raise DeployError(f'the data have no class that is new: '
+                          f'{", ".join(map(repr, new[:5]))}{" …" * (len(new) > 5)}.')
+    if getattr(self.model, 'built_by', None) is None:
+        raise DeployError(f'it is not known how this {type(self.model).__name__} was built, so it cannot be built with '
+                          f'more outputs.')
     net = network_with_classes(self.model.built_by, self.model, old, new)
     grown = vision_learner(dls, net, **dict(metrics=copy.deepcopy(list(self.metrics)), opt_func=self.opt_func) | kwargs)
     grown.pretrained, net.bn = True, 'still'
@@ -41,16 +48,18 @@ def add_classes(self:Learner,
     grown.added_classes = _table(self, grown, old)
     return grown
 
-
+# %% ../../nbs/92c_deploy.update.ipynb #6dfb2d3b
 def _table(before, after, old):
     "Accuracy on the validation images of old classes, before and after, and of new ones; with intervals"
     items = after.dls.valid_ds.tls[0].items
     labels, sources = np.array([str(item.label) for item in items], object), [item.source for item in items]
     known, rows = np.isin(labels, old), []
-    for name, learn, which in (('old classes, before', before, known), ('old classes, after', after, known), ('new classes, after', after, ~known)):
+    for name, learn, which in (('old classes, before', before, known), ('old classes, after', after, known),
+                               ('new classes, after', after, ~known)):
         if not which.any(): continue
         found = as_predictor(learn).predict_images([s for s, w in zip(sources, which) if w], progress=False)
         n, right = int(found['error'].isna().sum()), int((found['class'].to_numpy() == labels[which]).sum())
         low, high = wilson(right, n)
-        rows.append(dict(classes=name, images=n, accuracy=right / n if n else float('nan'), low=float(low), high=float(high)))
+        rows.append(dict(classes=name, images=n, accuracy=right / n if n else float('nan'), low=float(low),
+                         high=float(high)))
     return pd.DataFrame(rows)

@@ -31,25 +31,30 @@ class Limits:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < (name != 'waiting'): raise DeployError(f'{name}={value!r}: give a whole number of at least {int(name != "waiting")}.')
+            if not isinstance(value, int) or isinstance(value, bool) or value < (name != 'waiting'):
+                raise DeployError(f'{name}={value!r}: give a whole number of at least {int(name != "waiting")}.')
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #d154488a
 def check_upload(
     data:bytes,     # A file
     limits:Limits,
 ):
     "Is it an image that may be decoded? Reads its header. Raises `ImageError` with one sentence."
-    if len(data) > limits.image_bytes: raise ImageError(f'The file has {_mb(len(data))}, more than {_mb(limits.image_bytes)}.')
+    if len(data) > limits.image_bytes:
+        raise ImageError(f'The file has {_mb(len(data))}, more than {_mb(limits.image_bytes)}.')
     try:
         with Image.open(BytesIO(data), formats=RASTER) as image: width, height = image.size
-    except Image.DecompressionBombError as e: raise ImageError(f'The image has more than {limits.pixels:,} pixels.') from e
-    except Exception as e: raise ImageError('The file is not an image that can be opened.') from e  # decoders raise anything on damaged headers
-    if width * height > limits.pixels: raise ImageError(f'The image has {width} × {height} pixels, more than {limits.pixels:,}.')
+    except Image.DecompressionBombError as e:
+        raise ImageError(f'The image has more than {limits.pixels:,} pixels.') from e
+    # decoders raise anything on damaged headers
+    except Exception as e: raise ImageError('The file is not an image that can be opened.') from e
+    if width * height > limits.pixels:
+        raise ImageError(f'The image has {width} × {height} pixels, more than {limits.pixels:,}.')
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #5d887ccc
 def _mb(n): return f'{n / (1 << 20):.1f} MB' if n >= 1 << 20 else f'{n:,} bytes'
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #18e9a600
 def shown_name(
     name,    # That came with a file
 ) -> str:
@@ -60,24 +65,27 @@ def shown_name(
 # %% ../../nbs/92d_deploy.uploads.ipynb #15ee3d06
 _DIRECTORY = 4 << 20  # Bytes of the directory of a zip file, at most
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #2afcd706
 def is_zip(
     data:bytes,
 ) -> bool:
     "Does it begin like a zip file?"
     return data[:4] in (b'PK\x03\x04', b'PK\x05\x06')
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #f745cfec
 def unpack(
     data:bytes,    # A zip file
     limits:Limits,
 ):                 # Yields (name, bytes or None, None or the reason why there are none)
     "The files of a zip file that are not hidden. Raises `ImageError` where it is damaged or too large."
-    if len(data) > limits.request_bytes: raise ImageError(f'The zip file has {_mb(len(data))}, more than {_mb(limits.request_bytes)}.')
+    if len(data) > limits.request_bytes:
+        raise ImageError(f'The zip file has {_mb(len(data))}, more than {_mb(limits.request_bytes)}.')
     try: names = _directory(data)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, IndexError, OverflowError) as e: raise ImageError('The zip file is damaged.') from e
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, IndexError, OverflowError) as e:
+        raise ImageError('The zip file is damaged.') from e
     archive, infos = names
-    if len(infos) > limits.images: raise ImageError(f'The zip file holds {len(infos):,} files, more than {limits.images:,}.')
+    if len(infos) > limits.images:
+        raise ImageError(f'The zip file holds {len(infos):,} files, more than {limits.images:,}.')
     left = limits.unpacked_bytes
     for info in infos:
         if left <= 0: raise ImageError(f'The files in the zip file have more than {_mb(limits.unpacked_bytes)}.')
@@ -85,22 +93,26 @@ def unpack(
         left -= len(content or b'') if error is None else limits.image_bytes if error.startswith('The file has') else 0
         yield shown_name(info.filename), None if error else content, error
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #0766f0d6
 def _directory(data):
     "The opened zip file, and what in it is not a folder and not hidden"
     end = data.rfind(b'PK\x05\x06')
     if end < 0 or end + 22 > len(data): raise zipfile.BadZipFile('there is no directory')
-    if int.from_bytes(data[end + 12:end + 16], 'little') > _DIRECTORY: raise zipfile.BadZipFile('the directory is too large')
+    if int.from_bytes(data[end + 12:end + 16], 'little') > _DIRECTORY:
+        raise zipfile.BadZipFile('the directory is too large')
     archive = zipfile.ZipFile(BytesIO(data))
-    def shown(name): return not name.endswith('/') and not any(part.startswith(('.', '__MACOSX')) and part.strip('.') for part in name.replace('\\', '/').split('/'))
+    def shown(name):
+        return not name.endswith('/') and not any(part.startswith(('.', '__MACOSX')) and part.strip('.')
+                                                  for part in name.replace('\\', '/').split('/'))
     return archive, [info for info in archive.infolist() if shown(info.filename)]
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #e93a9145
 def _content(archive, info, most):
     "The bytes of a file, or why they are not read"
     if info.flag_bits & 1: return None, 'The file is encrypted.'
     if stat.S_ISLNK(info.external_attr >> 16): return None, 'The file is a link.'
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): return None, 'The file is compressed in a way that is not taken.'
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return None, 'The file is compressed in a way that is not taken.'
     try:
         with archive.open(info) as f: content = f.read(most + 1)
     except Exception: return None, 'The file is damaged.'  # zlib and zipfile raise many kinds
@@ -121,7 +133,7 @@ def expand_uploads(
             if count > limits.images: raise ImageError(f'There are more than {limits.images:,} images.')
             yield found
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #08f5b16f
 def classify_uploads(
     model,          # A `Predictor`
     files,          # Pairs of a name and bytes: images, or zip files of images
@@ -132,8 +144,10 @@ def classify_uploads(
     tables, batch, top = [], [], max(1, min(top, len(model.classes)))
     def flush():
         good = [data for _, data, error in batch if error is None]
-        rows = iter(model.predict_images(good, top=top, bs=16, threads=2, progress=False).to_dict('records')) if good else iter(())
-        for name, _, error in batch: tables.append((next(rows) if error is None else _no_row(top, error)) | dict(path=name))
+        rows = iter(model.predict_images(good, top=top, bs=16, threads=2,
+                                         progress=False).to_dict('records')) if good else iter(())
+        for name, _, error in batch:
+            tables.append((next(rows) if error is None else _no_row(top, error)) | dict(path=name))
         batch.clear()
     for name, data, error in expand_uploads(files, limits):
         if error is None:
@@ -144,11 +158,13 @@ def classify_uploads(
     flush()
     if not tables: raise ImageError('There are no images in it.')
     table = pd.DataFrame(tables)
-    table['error'] = [None if e is None else e if e.startswith('The ') else 'The file cannot be decoded as an image.' for e in table['error'].astype(object).where(table['error'].notna(), None)]
+    table['error'] = [None if e is None else e if e.startswith('The ') else 'The file cannot be decoded as an image.'
+                      for e in table['error'].astype(object).where(table['error'].notna(), None)]
     return table[['path', *(c for c in table if c not in ('path', 'unsure', 'error')), 'unsure', 'error']]
 
-
+# %% ../../nbs/92d_deploy.uploads.ipynb #96aff1d4
 def _no_row(top, error):
     "The row of an image that cannot be read"
     ends = [f'_{k}' * (k > 1) for k in range(1, top + 1)]
-    return {f'class{end}': None for end in ends} | {f'probability{end}': float('nan') for end in ends} | dict(unsure=False, error=error)
+    return {f'class{end}': None for end in ends} | {f'probability{end}': float('nan')
+                                                    for end in ends} | dict(unsure=False, error=error)

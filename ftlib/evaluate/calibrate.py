@@ -31,10 +31,11 @@ def fit_temperature(
     scores, several = scores.double(), targets.ndim == 2
     loss = torch.nn.functional.binary_cross_entropy_with_logits if several else torch.nn.functional.cross_entropy
     targets = targets.double() if several else targets.long()
-    found = minimize_scalar(lambda log_t: float(loss(scores / np.exp(log_t), targets)), bounds=(np.log(.05), np.log(20)), method='bounded', options=dict(xatol=1e-5))
+    found = minimize_scalar(lambda log_t: float(loss(scores / np.exp(log_t), targets)),
+                            bounds=(np.log(.05), np.log(20)), method='bounded', options=dict(xatol=1e-5))
     return float(np.exp(found.x))
 
-
+# %% ../../nbs/86_evaluate.calibrate.ipynb #5c272fdb
 class Temperature:
     "Scores divided by a temperature, as long as the network is the one that it was fitted to"
     def __init__(self, value, model):
@@ -46,7 +47,8 @@ class Temperature:
 
     def __call__(self, scores):
         if self.is_valid: return scores / self.value
-        warnings.warn('the network has changed since it was calibrated, so probabilities are not calibrated. Call learn.calibrate() again.')
+        warnings.warn('the network has changed since it was calibrated, so probabilities are not calibrated. Call '
+                      'learn.calibrate() again.')
         return scores
 
 # %% ../../nbs/86_evaluate.calibrate.ipynb #a284edc5
@@ -60,23 +62,28 @@ def threshold_for(
     good = coverage['low' if lower_end else 'accuracy'] >= accuracy
     if not good.any():
         best = coverage.loc[coverage['low' if lower_end else 'accuracy'].idxmax()]
-        raise EvaluateError(f'no threshold gives an accuracy of {accuracy:.1%}: the best is {best["accuracy"]:.1%} [{best["low"]:.1%}, {best["high"]:.1%}], '
+        raise EvaluateError(f'no threshold gives an accuracy of {accuracy:.1%}: the best is {best["accuracy"]:.1%} '
+                            f'[{best["low"]:.1%}, {best["high"]:.1%}], '
                             f'for {best["coverage"]:.0%} of the images. Require less.')
     return coverage[good].iloc[-1]
 
-
+# %% ../../nbs/86_evaluate.calibrate.ipynb #80685163
 class Calibration:
     "Result of a calibration: the temperature, reports before and after, and a threshold to reject predictions"
-    def __init__(self, before, after, temperature): self.before, self.after, self.temperature, self.threshold = before, after, temperature, 0.
+    def __init__(self, before, after, temperature):
+        self.before, self.after, self.temperature, self.threshold = before, after, temperature, 0.
 
     @property
     def table(self) -> pd.DataFrame:
         "Loss, Brier score and ECE before and after, on the images of the calibration."
         self._check()
-        return pd.DataFrame({'before': self.before.table.value, 'after': self.after.table.value}).loc[['loss', 'Brier', 'ECE']]
+        return pd.DataFrame({'before': self.before.table.value, 'after': self.after.table.value}).loc[['loss', 'Brier',
+            'ECE']]
 
     def _check(self):
-        if self.before is None: raise EvaluateError('this calibration was read from a bundle, which does not hold its tables: learn.calibrate() makes them anew.')
+        if self.before is None:
+            raise EvaluateError('this calibration was read from a bundle, which does not hold its tables: '
+                                'learn.calibrate() makes them anew.')
 
     def abstain(self, accuracy:float, lower_end:bool=False) -> pd.Series:
         "Set the threshold for an accuracy of accepted predictions; see `threshold_for`."
@@ -90,12 +97,15 @@ class Calibration:
         self._check()
         import matplotlib.pyplot as plt
         fig, axs = plt.subplots(1, 2, figsize=figsize, layout='constrained')
-        for ax, r, name in zip(axs, (self.before, self.after), ('before', f'after: temperature {self.temperature:.2f}')):
+        for ax, r, name in zip(axs, (self.before, self.after),
+                               ('before', f'after: temperature {self.temperature:.2f}')):
             r.plot_calibration(ax)
             ax.set_title(name)
         return fig
 
-    def __repr__(self): return f'Calibration(temperature={self.temperature:.3f}, threshold={self.threshold:.3f})' + (f'\n{self.table.round(4).to_string()}' if self.before is not None else '')
+    def __repr__(self):
+        table = '' if self.before is None else f'\n{self.table.round(4).to_string()}'
+        return f'Calibration(temperature={self.temperature:.3f}, threshold={self.threshold:.3f}){table}'
 
 # %% ../../nbs/86_evaluate.calibrate.ipynb #fa8fb67e
 @patch
@@ -106,7 +116,8 @@ def calibrate(self:Learner,
 ) -> Calibration:
     "Temperature scaling: fit a temperature (Guo et al. 2017) and attach it to the learner."
     dl, title = resolve_dl(self, on)
-    with self.no_bar(), self.no_logging(): scores, targets = self.get_preds(act=noop, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))
+    with self.no_bar(), self.no_logging():
+        scores, targets = self.get_preds(act=noop, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))
     broken = broken_mask(self.dls.valid if dl is None else dl)
     if broken is not None: scores, targets = scores[~broken], targets[~broken]
     temperature, vocab = fit_temperature(scores, targets), self.dls.vocab
@@ -118,24 +129,27 @@ def calibrate(self:Learner,
     self.rescale, self._calibration = Temperature(temperature, self.model), found
     return found
 
-
+# %% ../../nbs/86_evaluate.calibrate.ipynb #c9bf2fb5
 @patch(as_prop=True)
 def calibration(self:Learner) -> Calibration|None:
     "The result of `calibrate`, as long as the network has not changed."
     return self._calibration if self.rescale is not None and self.rescale.is_valid else None
 
-
+# %% ../../nbs/86_evaluate.calibrate.ipynb #8405dc62
 @patch
 def classify(self:Learner,
     items,                        # Paths, arrays or PIL images; one or many
-    threshold:float|None=None,    # Predictions below this probability are None; by default the calibration's threshold, else 0
+    # Predictions below this probability are None; by default the calibration's threshold, else 0
+    threshold:float|None=None,
 ) -> pd.DataFrame:                # image, prediction (None if rejected), probability, second class, its probability
     "Classify images, one row per image."
     shape = getattr(items, 'shape', ())
-    one = isinstance(items, (str, Path)) or not hasattr(items, '__len__') or hasattr(items, 'getpixel') or len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+    one = isinstance(items, (str, Path)) or not hasattr(items, '__len__') or hasattr(items,
+        'getpixel') or len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
     if one: items = [items]
     if threshold is None: threshold = self.calibration.threshold if self.calibration else 0.
-    with self.no_bar(), self.no_logging(): probs = self.get_preds(dl=self.dls.test_dl(items), act=self.probabilities_of)[0]
+    with self.no_bar(), self.no_logging():
+        probs = self.get_preds(dl=self.dls.test_dl(items), act=self.probabilities_of)[0]
     check_probabilities(self.loss_func, probs)
     probs = to_np(probs)
     vocab = np.array([str(c) for c in self.dls.vocab], object)
@@ -143,4 +157,5 @@ def classify(self:Learner,
     p = np.take_along_axis(probs, two, 1)
     said = np.where(p[:, 0] >= threshold, vocab[two[:, 0]], None)
     names = [str(o) if isinstance(o, (str, Path)) else f'image {i}' for i, o in enumerate(items)]
-    return pd.DataFrame({'image': names, 'prediction': said, 'probability': p[:, 0], 'second': vocab[two[:, 1]], "p_second": p[:, 1]})
+    return pd.DataFrame({'image': names, 'prediction': said, 'probability': p[:, 0], 'second': vocab[two[:, 1]],
+                         "p_second": p[:, 1]})

@@ -33,7 +33,7 @@ class _Tail(nn.Module):
         x = self.tap(x)
         return self.parts(x.permute(0, 2, 3, 1) if self.last else x)
 
-
+# %% ../../nbs/87_evaluate.gradcam.ipynb #1b41d45f
 def _cut(net, at):
     "The stages up to the map, whether its channels are last, and the rest of the network"
     shapes = {n: s for n, s in zip(net.stage_names, net.shapes) if len(s) > 1}
@@ -41,11 +41,12 @@ def _cut(net, at):
     if at is None: at = list(shapes)[-1]
     if at not in maps:
         said = f'; its stages with a map are {", ".join(maps)}' if maps else ''
-        raise EvaluateError(f'Grad-CAM needs a map, and the output of {at!r} of {net.arch} is {"×".join(map(str, shapes.get(at, ()))) or "none"}{said}.')
+        raise EvaluateError(f'Grad-CAM needs a map, and the output of {at!r} of {net.arch} is '
+                            f'{"×".join(map(str, shapes.get(at, ()))) or "none"}{said}.')
     k, last = net.stage_names.index(at) + 1, maps[at]
     return nn.Sequential(net.body.normalize, *net.stages[:k]), last, _Tail(net.tail(k), last)
 
-
+# %% ../../nbs/87_evaluate.gradcam.ipynb #950591ac
 @patch
 def grad_cam(self:Learner,
     items,              # Images, or a data loader, of which the first batch is used
@@ -62,7 +63,7 @@ def grad_cam(self:Learner,
     maps, of = class_maps(self.model, x, of, at)
     return as_images(dl, x), to_np(maps), to_np(of)
 
-
+# %% ../../nbs/87_evaluate.gradcam.ipynb #38ab65f9
 def class_maps(
     net,                    # A `Network`
     x:torch.Tensor,         # N × 3 × H × W, values 0 to 1
@@ -72,24 +73,28 @@ def class_maps(
     "Compute the Grad-CAM maps of a batch. Raises `EvaluateError`."
     try: from captum.attr import LayerAttribution, LayerGradCam
     except ImportError as e: raise EvaluateError("Grad-CAM needs captum: pip install 'ftlib[explain]'") from e
-    if not isinstance(net, Network): raise EvaluateError(f'grad_cam needs a Network, as `vision_learner` builds it, not a {type(net).__name__}.')
+    if not isinstance(net, Network):
+        raise EvaluateError(f'grad_cam needs a Network, as `vision_learner` builds it, not a {type(net).__name__}.')
     body, last, tail = _cut(net, at)
     with eval_mode(net):
         with torch.no_grad():
             features = body(x)
             if last: features = features.permute(0, 3, 1, 2)
             if of is None: of = tail(features).argmax(1)
-        with torch.enable_grad(): maps = LayerGradCam(tail, tail.tap).attribute(features.requires_grad_(), target=of, relu_attributions=True).detach()
+        with torch.enable_grad():
+            maps = LayerGradCam(tail, tail.tap).attribute(features.requires_grad_(), target=of,
+                                                          relu_attributions=True).detach()
     maps = LayerAttribution.interpolate(maps, x.shape[-2:], 'bilinear')[:, 0]
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12), of
 
-
+# %% ../../nbs/87_evaluate.gradcam.ipynb #c10d2deb
 def _numbers(vocab, of, n):
     "Class indices by name: one for each image, or one for all"
     of, names = [of] * n if isinstance(of, (str, int)) else list(of), [str(c) for c in vocab]
     if len(of) != n: raise EvaluateError(f'{len(of)} classes for {n} images: give one each, or one for all.')
     odd = next((o for o in of if str(o) not in names), None)
-    if odd is not None: raise EvaluateError(f'no class {odd!r}; there are {", ".join(names[:10])}{" …" if len(names) > 10 else ""}.')
+    if odd is not None:
+        raise EvaluateError(f'no class {odd!r}; there are {", ".join(names[:10])}{" …" if len(names) > 10 else ""}.')
     return [names.index(str(o)) for o in of]
 
 # %% ../../nbs/87_evaluate.gradcam.ipynb #9f5e2176
@@ -100,17 +105,19 @@ def plot_grad_cam(self:Learner,
     at:str|None=None,   # As for `grad_cam`
 ):
     "Plot the worst errors of a report with Grad-CAM maps of prediction and label; returns the figure."
-    if report.items is None or 'truth' in report.errors: raise EvaluateError('plot_grad_cam needs a single-label report with its images: learn.evaluate().')
+    if report.items is None or 'truth' in report.errors:
+        raise EvaluateError('plot_grad_cam needs a single-label report with its images: learn.evaluate().')
     worst = report.errors.head(n)
     if not len(worst): raise EvaluateError('this report has no errors to plot.')
     items = [report.items[i] for i in worst.index]
     seen, maps, _ = self.grad_cam(items * 2, [*worst['prediction'], *worst['label']], at)
     shown = [*seen[:len(worst)], *map(_heat, seen, maps)]
     said = [report.name_of(i) for i in worst.index]
-    for column, p in (('prediction', 'probability'), ('label', "p_label")): said += [f'{column} {c} {v:.2f}' for c, v in zip(worst[column], worst[p])]
+    for column, p in (('prediction', 'probability'), ('label', "p_label")):
+        said += [f'{column} {c} {v:.2f}' for c, v in zip(worst[column], worst[p])]
     return plot_images(shown, said, len(worst))
 
-
+# %% ../../nbs/87_evaluate.gradcam.ipynb #59c4ecb0
 def _heat(image, where):
     "Overlay a map on an image, opaque where the map is high"
     import matplotlib

@@ -58,9 +58,10 @@ def class_scores(
     variances = (recall * (1 - recall) / total[there]).sum() / there.sum() ** 2, (counts[i, j] * moves ** 2).sum()
     most = there.sum() ** 2 / (1 / total[there]).sum()
     values = recall.mean(), f1[known].mean()
-    return {k: (v, *effective_n_interval(v, var, most, confidence)) for k, v, var in zip(('balanced accuracy', 'macro F1'), values, variances)}
+    return {k: (v, *effective_n_interval(v, var, most, confidence)) for k, v,
+            var in zip(('balanced accuracy', 'macro F1'), values, variances)}
 
-
+# %% ../../nbs/80_evaluate.intervals.ipynb #46e6702c
 def effective_n_interval(
     share:float,           # The estimated proportion, between 0 and 1
     variance:float,        # Of the estimate

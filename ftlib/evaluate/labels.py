@@ -17,19 +17,23 @@ from .report import Report
 # %% ../../nbs/88_evaluate.labels.ipynb #c4d79c89
 @patch
 def label_errors(self:Report) -> pd.DataFrame:
-    "Images whose label is probably wrong, the least probable first: image, label, suggestion, probabilities of both. The index is the position in the dataset. Raises `EvaluateError`."
+    """Images whose label is probably wrong, the least probable first: image, label, suggestion, probabilities of both.
+    The index is the position in the dataset. Raises `EvaluateError`."""
     try: from cleanlab.filter import find_label_issues
     except ImportError as e: raise EvaluateError("label_errors needs cleanlab: pip install 'ftlib[labels]'") from e
     if self.targets.ndim == 2: raise EvaluateError('label_errors is available for single-label data only.')
     present = np.unique(self.targets)  # a class without images has no threshold
     if len(present) < 2: raise EvaluateError('label_errors needs images of two classes or more.')
     probs = self.probs[:, present].astype(float)
-    at = find_label_issues(np.searchsorted(present, self.targets), probs / probs.sum(1, keepdims=True), filter_by='prune_by_class', return_indices_ranked_by='self_confidence', n_jobs=1)
+    at = find_label_issues(np.searchsorted(present, self.targets), probs / probs.sum(1, keepdims=True),
+                           filter_by='prune_by_class', return_indices_ranked_by='self_confidence', n_jobs=1)
     names, suggested = np.array(self.classes, object), present[probs[at].argmax(1)]
-    return pd.DataFrame({'image': [str(i) if self.items is None else self.name_of(i, whole=True) for i in at], 'label': names[self.targets[at]], 'suggestion': names[suggested],
-                         'probability': self.probs[at, suggested], "p_label": self.probs[at, self.targets[at]]}, index=at)
+    return pd.DataFrame({'image': [str(i) if self.items is None else self.name_of(i, whole=True) for i in at],
+    'label': names[self.targets[at]], 'suggestion': names[suggested],
+                         'probability': self.probs[at, suggested], "p_label": self.probs[at, self.targets[at]]},
+                         index=at)
 
-
+# %% ../../nbs/88_evaluate.labels.ipynb #240aecda
 @patch
 def plot_label_errors(self:Report,
     n:int=10,       # Images

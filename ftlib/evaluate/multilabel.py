@@ -28,8 +28,10 @@ class MultiLabel:
     ):
         self.probs, self.targets, self.classes = validate_predictions(probs, targets, classes)
         if self.targets.shape != self.probs.shape or not np.isin(self.targets, (0, 1)).all():
-            raise EvaluateError(f'true classes have shape {self.targets.shape}, probabilities {self.probs.shape}: give 0 or 1 for each image and class.')
-        if self.probs.min() < 0 or self.probs.max() > 1: raise EvaluateError('probabilities must be between 0 and 1: apply the sigmoid to the scores first.')
+            raise EvaluateError(f'true classes have shape {self.targets.shape}, probabilities {self.probs.shape}: give '
+                                f'0 or 1 for each image and class.')
+        if self.probs.min() < 0 or self.probs.max() > 1:
+            raise EvaluateError('probabilities must be between 0 and 1: apply the sigmoid to the scores first.')
         self.targets, self.confidence, self.threshold = self.targets.astype(bool), confidence, threshold
         self.predicted, self.losses = self.probs >= threshold, losses
         if losses is None: self.losses = self.parts.mean(1)
@@ -54,13 +56,17 @@ class MultiLabel:
         whole = int(right.all(1).sum())
         low, high = wilson(whole, n, self.confidence)
         rows = {'exact_match': dict(value=whole / n, low=float(low), high=float(high), right=whole, total=n)}
-        rows['hamming_accuracy'] = dict(zip(('value', 'low', 'high'), mean_interval(right.mean(1), self.confidence, (0, 1))), right=int(right.sum()), total=right.size)
+        rows['hamming_accuracy'] = dict(zip(('value', 'low', 'high'),
+                                            mean_interval(right.mean(1), self.confidence, (0, 1))),
+                                            right=int(right.sum()), total=right.size)
         rows |= {name: dict(zip(('value', 'low', 'high'), o)) for name, o in self._f1().items()}
         rows['mean AP'] = dict(value=self.per_class['AP'].mean())
         for name, o in (('loss', self.losses), ('Brier', ((self.probs - self.targets) ** 2).mean(1))):
             rows[name] = dict(zip(('value', 'low', 'high'), mean_interval(o, self.confidence)))
         rows['ECE'] = dict(value=expected_calibration_error(self.calibration))
-        return pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'low', 'high', 'right', 'total']).astype({'right': 'Int64', 'total': 'Int64'})
+        return pd.DataFrame.from_dict(rows, orient='index',
+                                      columns=['value', 'low', 'high', 'right', 'total']).astype({'right': 'Int64',
+                                      'total': 'Int64'})
 
     def _f1(self):
         "Macro and micro F1, with intervals from their derivatives by the image counts"
@@ -69,7 +75,8 @@ class MultiLabel:
         known, found = sizes > 0, {}
         per = np.divide(1, sizes, where=known, out=np.zeros(len(sizes))) / max(known.sum(), 1)
         for name, weights in (('macro F1', per), ('micro F1', np.full(len(sizes), 1 / max(sizes.sum(), 1)))):
-            f1 = 2 * both.sum(0) * per * known.sum() if name == 'macro F1' else np.full(len(sizes), 2 * both.sum() * weights[0])
+            f1 = 2 * both.sum(0) * per * known.sum() if name == 'macro F1' else np.full(len(sizes),
+                2 * both.sum() * weights[0])
             moves = (2 * both - f1 * (self.targets.astype(int) + self.predicted)) @ weights
             value = f1[known].mean() if known.any() else np.nan
             found[name] = value, *effective_n_interval(value, (moves ** 2).sum(), n, self.confidence)
@@ -77,23 +84,30 @@ class MultiLabel:
 
     @cached_property
     def per_class(self) -> pd.DataFrame:
-        "One row per class: images of the class, found ones, recall and precision with intervals, F1, average precision."
+        """One row per class: images of the class, found ones, recall and precision with intervals, F1, average
+        precision."""
         from sklearn.metrics import average_precision_score
-        total, n_predicted, right = self.targets.sum(0), self.predicted.sum(0), self.confusion['true positive'].to_numpy()
+        total, n_predicted, right = self.targets.sum(0), self.predicted.sum(0), self.confusion['true '
+            'positive'].to_numpy()
         table = per_class_table(self.classes, total, n_predicted, right, self.confidence)
-        table['AP'] = [average_precision_score(t, p) if t.any() else np.nan for t, p in zip(self.targets.T, self.probs.T)]
+        table['AP'] = [average_precision_score(t, p) if t.any() else np.nan for t,
+                       p in zip(self.targets.T, self.probs.T)]
         return table
 
     @cached_property
     def calibration(self) -> pd.DataFrame:
-        "Reliability table over images and classes: mean probability of a class, and how often it is present, in 15 bins."
+        """Reliability table over images and classes: mean probability of a class, and how often it is present, in 15
+        bins."""
         return reliability(self.probs.ravel(), self.targets.ravel(), self.confidence)
 
     def errors(self, items=None) -> pd.DataFrame:
-        "One row per wrong decision (image and class), highest loss first. The index is the position of the image in the dataset."
+        """One row per wrong decision (image and class), highest loss first. The index is the position of the image in
+        the dataset."""
         i, j = np.nonzero(self.predicted != self.targets)
         order = np.argsort(-self.parts[i, j], kind='stable')
         i, j = i[order], j[order]
         names, said = np.array(self.classes, object), np.array(['not there', 'there'], object)
-        return pd.DataFrame({'image': [items[k] if items is not None else k for k in i], 'label': names[j], 'truth': said[self.targets[i, j].astype(int)],
-                             'prediction': said[self.predicted[i, j].astype(int)], 'probability': self.probs[i, j], 'loss': self.parts[i, j]}, index=i)
+        return pd.DataFrame({'image': [items[k] if items is not None else k for k in i], 'label': names[j],
+        'truth': said[self.targets[i, j].astype(int)],
+                             'prediction': said[self.predicted[i, j].astype(int)], 'probability': self.probs[i, j],
+                             'loss': self.parts[i, j]}, index=i)

@@ -20,7 +20,7 @@ def data_uri(data:bytes, kind:str) -> str:
     "A data URI with these bytes"
     return f'data:{kind};base64,{base64.b64encode(data).decode()}'
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #5c890789
 def chart(draw) -> str:  # A function that draws on axes
     "A plot as an embedded SVG image"
     import matplotlib.pyplot as plt
@@ -31,7 +31,7 @@ def chart(draw) -> str:  # A function that draws on axes
         plt.close(fig)
     return f'<img class=chart alt="" src="{data_uri(file.getvalue(), "image/svg+xml")}">'
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #f233376b
 def thumbnail(
     image,       # A PIL image
     side:int=240,  # Pixels
@@ -42,44 +42,54 @@ def thumbnail(
     image.save(file := io.BytesIO(), 'JPEG', quality=80)
     return f'<img alt="" src="{data_uri(file.getvalue(), "image/jpeg")}">'
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #7160f6cc
 def gallery(
     images,  # PIL images
     captions,  # [first line, second line] of each
 ) -> str:
-    figures = (f'<figure>{thumbnail(p)}<figcaption><b>{_name(a)}</b><br>{_name(b)}</figcaption></figure>' for p, (a, b) in zip(images, captions))
+    figures = (f'<figure>{thumbnail(p)}<figcaption><b>{_name(a)}</b><br>{_name(b)}</figcaption></figure>' for p,
+               (a, b) in zip(images, captions))
     return f'<div class=gallery>{"".join(figures)}</div>'
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #710e5298
 _EXPLAINED = {
     'top1': 'the class with the highest probability is correct', 'balanced accuracy': 'mean recall over classes',
-    'macro F1': 'harmonic mean of precision and recall, mean over classes', 'micro F1': 'harmonic mean of precision and recall over all decisions',
-    'loss': 'lower is better', 'Brier': 'squared error of the probabilities; lower is better', 'ECE': 'gap between confidence and accuracy; lower is better',
-    'exact_match': 'all classes of the image are correct', 'hamming_accuracy': 'share of correct decisions', 'mean AP': 'average precision, mean over classes'}
+    'macro F1': 'harmonic mean of precision and recall, mean over classes',
+    'micro F1': 'harmonic mean of precision and recall over all decisions',
+    'loss': 'lower is better', 'Brier': 'squared error of the probabilities; lower is better',
+    'ECE': 'gap between confidence and accuracy; lower is better',
+    'exact_match': 'all classes of the image are correct', 'hamming_accuracy': 'share of correct decisions',
+    'mean AP': 'average precision, mean over classes'}
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #be1d6d96
 def figures(table:pd.DataFrame) -> str:
     "The table of metrics with explanations"
     rows = []
     for name, row in table.iterrows():
         counts = '' if pd.isna(row['total']) else f'{int(row["right"]):,} of {int(row["total"]):,}'
         said = _EXPLAINED.get(name) or f'the correct class is among the {name[3:]} most probable'
-        rows.append(f'<tr><th>{escape(name[0].upper() + name[1:].replace("_", " "))}<td class=n>{row["value"]:.3f}<td class=n>{_between(row, ".3f")}<td class=n>{counts}<td class=said>{escape(said)}')
-    return f'<div class=wide><table><tr><th>metric<th>value<th>95 % interval<th>counts<th class=said>meaning{"".join(rows)}</table></div>'
+        rows.append(f'<tr><th>{escape(name[0].upper() + name[1:].replace("_", " "))}<td class=n>{row["value"]:.3f}<td '
+                    f'class=n>{_between(row, ".3f")}<td class=n>{counts}<td class=said>{escape(said)}')
+    return (f'<div class=wide><table><tr><th>metric<th>value<th>95 % interval<th>counts<th '
+            f'class=said>meaning{"".join(rows)}</table></div>')
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #184d974a
 def classes(per_class:pd.DataFrame) -> str:
     "One row per class, the worst first, recall as a bar with its interval"
     rows = []
     for row in per_class.sort_values('recall', na_position='last').to_dict('records'):
         bar = '' if np.isnan(row['recall']) else (f'<div class=bar><i style="width:{100 * row["recall"]:.1f}%"></i>'
-                                                  f'<s style="left:{100 * row["recall low"]:.1f}%;width:{100 * (row["recall high"] - row["recall low"]):.1f}%"></s></div>')
+                                                  f'<s '
+                                                  f'style="left:{100 * row["recall low"]:.1f}%;'
+            f'width:{100 * (row["recall high"] - row["recall low"]):.1f}%"></s></div>')
         mixed = f'{_name(row["confused with"])} ({row["n_confused"]})' if row.get('confused with') else ''
-        rows.append(f'<tr><th>{_name(row["class"])}<td class=n>{row["right"]:,} of {row["images"]:,}<td class=n>{_number(row["recall"])}<td>{bar}'
+        rows.append(f'<tr><th>{_name(row["class"])}<td class=n>{row["right"]:,} of {row["images"]:,}<td '
+                    f'class=n>{_number(row["recall"])}<td>{bar}'
                     f'<td class=n>{_number(row["precision"])}<td class=n>{_number(row["F1"])}<td class=name>{mixed}')
-    return ('<div class=wide><table><tr><th>class<th>correct<th>recall<th>95 % interval<th>precision<th>F1<th>most confused with' + ''.join(rows) + '</table></div>')
+    return ('<div class=wide><table><tr><th>class<th>correct<th>recall<th>95 % interval<th>precision<th>F1<th>most '
+            'confused with' + ''.join(rows) + '</table></div>')
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #9e7b33bf
 def _between(row, digits): return '' if pd.isna(row['low']) else f'{row["low"]:{digits}} – {row["high"]:{digits}}'
 
 
@@ -90,7 +100,7 @@ def _name(text):
 
 def _number(v): return '–' if pd.isna(v) else f'{v:.2f}'
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #be78504d
 def confusions(
     confusion:pd.DataFrame,  # Of a report
     most:int=40,             # Of more classes, the most confused pairs are listed instead
@@ -101,33 +111,57 @@ def confusions(
         off = counts - np.diag(counts.diagonal())
         i, j = np.unravel_index(np.argsort(-off, axis=None, kind='stable')[:30], off.shape)
         some = off[i, j] > 0
-        return _plain(pd.DataFrame({'true': confusion.index[i[some]], 'predicted': confusion.columns[j[some]], 'n_confused': off[i, j][some]}))
+        return _plain(pd.DataFrame({'true': confusion.index[i[some]], 'predicted': confusion.columns[j[some]],
+                                    'n_confused': off[i, j][some]}))
     head = ''.join(f'<th><span>{escape(c)}</span>' for c in confusion.columns)
     share, rows = counts / np.maximum(counts.sum(1, keepdims=True), 1), []
     for i, name in enumerate(confusion.index):
-        cells = ''.join(f'<td style="background:rgb(59 114 163 / {s:.2f})"{" class=strong" if s > .55 else ""}>{c or ""}' for c, s in zip(counts[i], share[i]))
+        cells = ''.join(f'<td style="background:rgb(59 114 163 / '
+                        f'{s:.2f})"{" class=strong" if s > .55 else ""}>{c or ""}' for c, s in zip(counts[i], share[i]))
         rows.append(f'<tr><th>{_name(name)}{cells}')
     return f'<div class=wide><table class=confusion><tr><th>true ↓ predicted →{head}{"".join(rows)}</table></div>'
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #54146c6b
 def _plain(table): return f'<div class=wide>{table.to_html(index=False, border=0)}</div>'
 
-
+# %% ../../nbs/84_evaluate.page.ipynb #3f3a6a21
 _STYLE = '''
 :root { --ink:#1d2733; --dim:#5d6b7a; --paper:#fff; --card:#f4f6f8; --line:#d9dfe5; --blue:#3b72a3 }
-@media (prefers-color-scheme: dark) { :root { --ink:#e8edf2; --dim:#9fadba; --paper:#161b21; --card:#1f262e; --line:#343f4a; --blue:#6ea4d4 } }
-* { box-sizing:border-box } body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.5 system-ui,sans-serif }
-main { max-width:70rem; margin:auto; padding:1.2rem } h1 { font-size:1.5rem; margin:.3rem 0 } h2 { font-size:1.15rem; margin:2.2rem 0 .4rem }
-p { margin:.4rem 0 } .dim,figcaption { color:var(--dim); font-size:.85rem } .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr)); gap:.7rem; margin:1rem 0 }
-.card { background:var(--card); border-radius:.6rem; padding:.8rem 1rem } .card b { display:block; font-size:1.8rem; line-height:1.2 }
-.wide { overflow-x:auto } table { border-collapse:collapse; width:100%; font-size:.9rem } th,td { padding:.3rem .55rem; border-bottom:1px solid var(--line); text-align:left; white-space:nowrap }
+@media (prefers-color-scheme: dark) { :root {
+  --ink:#e8edf2; --dim:#9fadba; --paper:#161b21; --card:#1f262e; --line:#343f4a; --blue:#6ea4d4 } }
+* { box-sizing:border-box }
+body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.5 system-ui,sans-serif }
+main { max-width:70rem; margin:auto; padding:1.2rem }
+h1 { font-size:1.5rem; margin:.3rem 0 }
+h2 { font-size:1.15rem; margin:2.2rem 0 .4rem }
+p { margin:.4rem 0 }
+.dim,figcaption { color:var(--dim); font-size:.85rem }
+.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr)); gap:.7rem; margin:1rem 0 }
+.card { background:var(--card); border-radius:.6rem; padding:.8rem 1rem }
+.card b { display:block; font-size:1.8rem; line-height:1.2 }
+.wide { overflow-x:auto }
+table { border-collapse:collapse; width:100%; font-size:.9rem }
+th,td { padding:.3rem .55rem; border-bottom:1px solid var(--line); text-align:left; white-space:nowrap }
 td.name,tr:not(:first-child) th { white-space:normal; max-width:11rem }
-td.n { text-align:right; font-variant-numeric:tabular-nums } tr:first-child th { color:var(--dim); font-weight:500; text-align:left } .said { color:var(--dim); white-space:normal; min-width:14rem }
-.bar { position:relative; height:.8rem; min-width:8rem; background:var(--card); border-radius:.2rem } .bar i { position:absolute; inset:0 auto 0 0; background:var(--blue); opacity:.55; border-radius:.2rem }
-.bar s { position:absolute; top:.35rem; height:.1rem; background:var(--ink) } .confusion { width:auto } .confusion td { text-align:center; min-width:1.75rem; padding:.15rem; border:1px solid var(--line) } .confusion td.strong { color:#fff }
-.confusion tr:first-child th { vertical-align:bottom; padding:.2rem 0; max-height:11rem } .confusion tr:first-child span { writing-mode:vertical-rl; transform:rotate(180deg) } .confusion tr:first-child th:first-child { writing-mode:horizontal-tb }
-.gallery { display:grid; grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr)); gap:.8rem } figure { margin:0 } .gallery img { width:100%; aspect-ratio:1; object-fit:contain; background:var(--card); border-radius:.4rem; display:block }
-figcaption { overflow-wrap:anywhere } .charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(17rem,1fr)); gap:.8rem } .chart { width:100%; background:#fff; border-radius:.6rem }
+td.n { text-align:right; font-variant-numeric:tabular-nums }
+tr:first-child th { color:var(--dim); font-weight:500; text-align:left }
+.said { color:var(--dim); white-space:normal; min-width:14rem }
+.bar { position:relative; height:.8rem; min-width:8rem; background:var(--card); border-radius:.2rem }
+.bar i { position:absolute; inset:0 auto 0 0; background:var(--blue); opacity:.55; border-radius:.2rem }
+.bar s { position:absolute; top:.35rem; height:.1rem; background:var(--ink) }
+.confusion { width:auto }
+.confusion td { text-align:center; min-width:1.75rem; padding:.15rem; border:1px solid var(--line) }
+.confusion td.strong { color:#fff }
+.confusion tr:first-child th { vertical-align:bottom; padding:.2rem 0; max-height:11rem }
+.confusion tr:first-child span { writing-mode:vertical-rl; transform:rotate(180deg) }
+.confusion tr:first-child th:first-child { writing-mode:horizontal-tb }
+.gallery { display:grid; grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr)); gap:.8rem }
+figure { margin:0 }
+.gallery img { width:100%; aspect-ratio:1; object-fit:contain; background:var(--card);
+  border-radius:.4rem; display:block }
+figcaption { overflow-wrap:anywhere }
+.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(17rem,1fr)); gap:.8rem }
+.chart { width:100%; background:#fff; border-radius:.6rem }
 '''
 
 # %% ../../nbs/84_evaluate.page.ipynb #1bb5ceca
@@ -141,23 +175,32 @@ def page(
     table, scores, parts = report.table, report.scores, []
     first = table.iloc[0]
     each = 'classified correctly' if table.index[0] == 'top1' else 'correct in every class'
-    said = (f'Of {int(first["total"]):,} images {int(first["right"]):,} were {each}. On new images of the same kind, expect between {first["low"]:.1%} and {first["high"]:.1%}.')
+    said = (f'Of {int(first["total"]):,} images {int(first["right"]):,} were {each}. On new images of the same kind, '
+            f'expect between {first["low"]:.1%} and {first["high"]:.1%}.')
     if report.left_out: said += f' {report.left_out:,} more cannot be opened and are left out.'
-    cards = ''.join(f'<div class=card>{escape(n[0].upper() + n[1:].replace("_", " "))}<b>{r["value"]:.1%}</b><span class=dim>{_between(r, ".1%")}</span></div>'
+    cards = ''.join(f'<div class=card>{escape(n[0].upper() + n[1:].replace("_", " "))}<b>{r["value"]:.1%}</b><span '
+                    f'class=dim>{_between(r, ".1%")}</span></div>'
                     for n, r in table.iterrows() if n not in ('loss', 'Brier', 'ECE'))
     parts.append(f'<h1>{escape(title)}</h1><p class=dim>{escape(about)}</p><p>{said}</p><div class=cards>{cards}</div>')
-    parts.append(f'<h2>Classes</h2><p class=dim>The class with the lowest recall is on top. The thin line is the confidence interval.</p>{classes(report.per_class)}')
+    parts.append(f'<h2>Classes</h2><p class=dim>The class with the lowest recall is on top. The thin line is the '
+                 f'confidence interval.</p>{classes(report.per_class)}')
     parts.append(f'<h2>Confusions</h2>{confusions(report.confusion)}')
     errors = report.errors.head(worst) if worst else report.errors.head(0)
     if len(errors) and report.items is not None:
-        captions = [[f'{r["label"]}, predicted {r["prediction"]}' if 'truth' not in r else f'{r["label"]}: {r["truth"]}, predicted {r["prediction"]}',
-                     f'probability {r["probability"]:.0%} · {report.name_of(i)}'] for i, r in zip(errors.index, errors.to_dict('records'))]
-        parts.append(f'<h2>The worst errors</h2><p class=dim>{len(errors)} of {len(report.errors):,}, highest loss first; some labels may be wrong.</p>'
+        captions = [[f'{r["label"]}, predicted {r["prediction"]}' if 'truth' not in r
+        else f'{r["label"]}: {r["truth"]}, predicted {r["prediction"]}',
+                     f'probability {r["probability"]:.0%} · {report.name_of(i)}'] for i,
+                     r in zip(errors.index, errors.to_dict('records'))]
+        parts.append(f'<h2>The worst errors</h2><p class=dim>{len(errors)} of {len(report.errors):,}, highest loss '
+                     f'first; some labels may be wrong.</p>'
                      + gallery([report.image(i) for i in errors.index], captions))
     charts = [chart(lambda ax: plot_calibration(report.calibration, ax))]
     if report.coverage is not None: charts.append(chart(lambda ax: plot_coverage(report.coverage, ax)))
+    second = '; the second plot shows the accuracy when uncertain images are rejected'
     parts.append('<h2>Calibration</h2><p class=dim>On the dotted line, probabilities agree with the accuracy'
-                 f'{"; the second plot shows the accuracy when uncertain images are rejected" if len(charts) > 1 else ""}.</p><div class=charts>{"".join(charts)}</div>')
+                 f'{second if len(charts) > 1 else ""}.</p>'
+            f'<div class=charts>{"".join(charts)}</div>')
     parts.append(f'<h2>All metrics</h2>{figures(table)}')
-    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
+    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport '
+            f'content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
             f'<style>{_STYLE}</style><main>{"".join(parts)}</main></html>')

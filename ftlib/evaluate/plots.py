@@ -14,14 +14,14 @@ from .scores import expected_calibration_error
 # %% ../../nbs/83_evaluate.plots.ipynb #8cd8b1e0
 _BLUE, _RED, _GREY = '#3b72a3', '#b5483a', '#888888'
 
-
+# %% ../../nbs/83_evaluate.plots.ipynb #c6de1b35
 def _axes(ax, width, height):
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(width, height), layout='constrained')
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
-
+# %% ../../nbs/83_evaluate.plots.ipynb #ff9682fb
 def plot_per_class(
     per_class:pd.DataFrame,  # Of a report
     most:int=40,             # Of more classes only the worst are plotted
@@ -40,7 +40,7 @@ def plot_per_class(
     ax.set(xlim=(0, 1), ylim=(-.6, len(table) - .4), xlabel=f'recall{left}')
     return ax
 
-
+# %% ../../nbs/83_evaluate.plots.ipynb #9f90c743
 def plot_confusion(
     confusion:pd.DataFrame,  # Of a report: counts, or for multi-label data the four counts of each class
     share:bool=True,         # Colours by the proportion of the true class; else by counts
@@ -59,14 +59,15 @@ def plot_confusion(
     ax.imshow(shown, cmap='Blues', vmin=0, vmax=1 if share else None, aspect='auto')
     top = 1 if share else max(shown.max(), 1)
     for i, j in zip(*np.nonzero(confusion.to_numpy())):
-        ax.text(j, i, confusion.iat[i, j], ha='center', va='center', fontsize='small', color='white' if shown[i, j] > .6 * top else 'black')
+        ax.text(j, i, confusion.iat[i, j], ha='center', va='center', fontsize='small',
+                color='white' if shown[i, j] > .6 * top else 'black')
     ax.set_xticks(range(m), confusion.columns, rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
     ax.set_yticks(range(n), confusion.index, parse_math=False)
     left = '' if n == whole else f' ({n} of {whole} classes: those with the most confusions)'
     ax.set(xlabel=(confusion.columns.name or '') + left, ylabel=confusion.index.name or '')
     return ax
 
-
+# %% ../../nbs/83_evaluate.plots.ipynb #942f8323
 def plot_calibration(
     calibration:pd.DataFrame,  # Of a report
     ax=None,
@@ -74,15 +75,18 @@ def plot_calibration(
     "Reliability diagram: accuracy against confidence; bars show the share of images in each bin."
     ax = _axes(ax, 4.6, 4.2)
     share = calibration['images'] / calibration['images'].sum()
-    ax.bar(calibration['from'], share, calibration['to'] - calibration['from'], align='edge', color=_BLUE, alpha=.25, label='share of the predictions')
+    ax.bar(calibration['from'], share, calibration['to'] - calibration['from'], align='edge', color=_BLUE, alpha=.25,
+           label='share of the predictions')
     ax.plot([0, 1], [0, 1], ':', color=_GREY)
-    ax.errorbar(calibration['probability'], calibration['right'], [calibration['right'] - calibration['right low'], calibration['right high'] - calibration['right']],
-                fmt='o', ms=4, lw=1, color=_BLUE, label=f'expected calibration error {expected_calibration_error(calibration):.3f}')
+    ax.errorbar(calibration['probability'], calibration['right'],
+    [calibration['right'] - calibration['right low'], calibration['right high'] - calibration['right']],
+                fmt='o', ms=4, lw=1, color=_BLUE, label=f'expected calibration error '
+                                                        f'{expected_calibration_error(calibration):.3f}')
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel='probability', ylabel='accuracy')
     ax.legend(fontsize='small', loc='upper left')
     return ax
 
-
+# %% ../../nbs/83_evaluate.plots.ipynb #1fbcb115
 def plot_coverage(
     coverage:pd.DataFrame,  # Of a report
     ax=None,
@@ -91,10 +95,11 @@ def plot_coverage(
     ax = _axes(ax, 4.6, 3.4)
     ax.fill_between(coverage['coverage'], coverage['low'], coverage['high'], color=_BLUE, alpha=.2, lw=0)
     ax.plot(coverage['coverage'], coverage['accuracy'], color=_BLUE)
-    ax.set(xlim=(0, 1), ylim=(min(.9, coverage['low'].iloc[len(coverage) // 10:].min()), 1.002), xlabel='share of accepted images', ylabel='accuracy')
+    ax.set(xlim=(0, 1), ylim=(min(.9, coverage['low'].iloc[len(coverage) // 10:].min()), 1.002),
+           xlabel='share of accepted images', ylabel='accuracy')
     return ax
 
-
+# %% ../../nbs/83_evaluate.plots.ipynb #1d864b55
 def plot_images(
     images,      # PIL images
     captions,      # One text per image
@@ -104,7 +109,8 @@ def plot_images(
     "Plot images in rows with captions; returns the figure."
     import matplotlib.pyplot as plt
     rows = max(1, -(-len(images) // ncols))
-    fig, axs = plt.subplots(rows, ncols, figsize=(size * ncols, (size + .45) * rows), layout='constrained', squeeze=False)
+    fig, axs = plt.subplots(rows, ncols, figsize=(size * ncols, (size + .45) * rows), layout='constrained',
+                            squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax, image, caption in zip(axs.flat, images, captions):
         ax.imshow(image)

@@ -44,24 +44,31 @@ class Report:
         confidence:float=.95,  # Of the intervals
         threshold:float=.5,    # For multi-label data: a class is predicted from this probability on
         title:str='',          # Title, such as the name of the split
-        broken=None,           # A mask of images that could not be opened: they are left out of all figures and counted in `left_out`
+        # A mask of images that could not be opened: they are left out of all figures and counted in `left_out`
+        broken=None,
     ):
-        if isinstance(confidence, bool) or not 0 < confidence < 1: raise EvaluateError(f'confidence={confidence!r}: give a share between 0 and 1, as .95.')
+        if isinstance(confidence, bool) or not 0 < confidence < 1:
+            raise EvaluateError(f'confidence={confidence!r}: give a share between 0 and 1, as .95.')
         targets = np.asarray(targets)
-        self.places = np.arange(len(targets)) if broken is None else np.flatnonzero(~np.asarray(broken))  # In the set, of the images that count
+        # In the set, of the images that count
+        self.places = np.arange(len(targets)) if broken is None else np.flatnonzero(~np.asarray(broken))
         self.left_out = len(targets) - len(self.places)
-        if not len(self.places) and self.left_out: raise EvaluateError(f'none of the {self.left_out:,} images can be opened.')
+        if not len(self.places) and self.left_out:
+            raise EvaluateError(f'none of the {self.left_out:,} images can be opened.')
         if self.left_out:
             probs, targets = np.asarray(probs)[self.places], targets[self.places]
             losses = None if losses is None else np.asarray(losses)[self.places]
             items = None if items is None else [items[i] for i in self.places]
         how = dict(losses=losses, confidence=confidence)
-        self.scores = MultiLabel(probs, targets, classes, threshold=threshold, **how) if targets.ndim == 2 else SingleLabel(probs, targets, classes, **how)
+        self.scores = MultiLabel(probs, targets, classes, threshold=threshold,
+                                 **how) if targets.ndim == 2 else SingleLabel(probs, targets, classes, **how)
         if items is not None and len(items) != len(self.scores.probs):
-            raise EvaluateError(f'{len(items):,} images for {len(self.scores.probs):,} predictions: give one image per prediction.')
+            raise EvaluateError(f'{len(items):,} images for {len(self.scores.probs):,} predictions: give one image per '
+                                f'prediction.')
         self.items, self.title = items, title
 
-    probs, targets, classes = (property(lambda self, k=k: getattr(self.scores, k)) for k in ('probs', 'targets', 'classes'))
+    probs, targets, classes = (property(lambda self, k=k: getattr(self.scores, k))
+                               for k in ('probs', 'targets', 'classes'))
 
     @property
     def table(self) -> pd.DataFrame:
@@ -70,7 +77,8 @@ class Report:
 
     @property
     def per_class(self) -> pd.DataFrame:
-        "One row per class: images, recall and precision with intervals, F1, and the class that it is most often confused with."
+        """One row per class: images, recall and precision with intervals, F1, and the class that it is most often
+        confused with."""
         return self.scores.per_class
 
     @property
@@ -80,8 +88,10 @@ class Report:
 
     @cached_property
     def errors(self) -> pd.DataFrame:
-        "The errors, highest loss first: image, label, prediction, probability, loss. The index is the position in the dataset."
-        return self.scores.errors(None if self.items is None else [self.name_of(i, whole=True) for i in range(len(self.items))])
+        """The errors, highest loss first: image, label, prediction, probability, loss. The index is the position in
+        the dataset."""
+        return self.scores.errors(None if self.items is None
+                                  else [self.name_of(i, whole=True) for i in range(len(self.items))])
 
     @property
     def calibration(self) -> pd.DataFrame:
@@ -91,7 +101,8 @@ class Report:
     @cached_property
     def coverage(self) -> pd.DataFrame|None:
         "Coverage and accuracy when uncertain predictions are rejected; None for multi-label data."
-        if isinstance(self.scores, SingleLabel): return coverage(self.probs.max(1), self.scores.predicted == self.targets, self.scores.confidence)
+        if isinstance(self.scores, SingleLabel):
+            return coverage(self.probs.max(1), self.scores.predicted == self.targets, self.scores.confidence)
 
     def name_of(self, i:int, whole:bool=False) -> str:
         "File name of the `i`-th image, or its path if `whole`."
@@ -110,9 +121,13 @@ class Report:
         said = []
         for name, (value, low, high, right, total) in self.table.iterrows():
             name = name[0].upper() + name[1:].replace("_", " ")
-            if pd.notna(total): said.append(f'{name} {int(right)}/{int(total)} ({value:.1%}) [{100 * low:.1f}, {100 * high:.1f}]'.replace('%)', ' %)'))
+            if pd.notna(total):
+                said.append(f'{name} {int(right)}/{int(total)} ({100 * value:.1f} %) [{100 * low:.1f}, '
+                            f'{100 * high:.1f}]')
             else: said.append(f'{name} {value:.3f}' + (f' [{low:.3f}, {high:.3f}]' if pd.notna(low) else ''))
-        if self.left_out: said.append(f'Left out {self.left_out:,} of {self.left_out + len(self.places):,} images: they cannot be opened')
+        if self.left_out:
+            said.append(f'Left out {self.left_out:,} of {self.left_out + len(self.places):,} images: they cannot be '
+                        f'opened')
         return said
 
     def __repr__(self): return '\n'.join(([self.title] if self.title else []) + self.lines())
@@ -159,7 +174,8 @@ class Report:
 
     def _class(self, name):
         if str(name) in self.classes: return str(name)
-        raise EvaluateError(f'no class {name!r}; there are {", ".join(self.classes[:10])}{" …" if len(self.classes) > 10 else ""}.')
+        raise EvaluateError(f'no class {name!r}; there are '
+                            f'{", ".join(self.classes[:10])}{" …" if len(self.classes) > 10 else ""}.')
 
     def to_html(self,
         path,           # The file
@@ -180,11 +196,13 @@ class Report:
         "Save every table as CSV, and the HTML page."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tables = dict(figures=self.table, per_class=self.per_class, confusion=self.confusion, errors=self.errors, calibration=self.calibration)
-        for name, table in tables.items(): write_csv(table, folder/f'{name}.csv', index=name in ('figures', 'confusion'))
+        tables = dict(figures=self.table, per_class=self.per_class, confusion=self.confusion, errors=self.errors,
+                      calibration=self.calibration)
+        for name, table in tables.items():
+            write_csv(table, folder/f'{name}.csv', index=name in ('figures', 'confusion'))
         return [*(folder/f'{name}.csv' for name in tables), self.to_html(folder/'report.html', **kwargs)]
 
-
+# %% ../../nbs/85_evaluate.report.ipynb #8fea8c36
 Report.picture = ftlib.renamed_method('picture', 'image')
 
 # %% ../../nbs/85_evaluate.report.ipynb #a73b3101
@@ -195,7 +213,8 @@ def evaluate(self:Learner,
     confidence:float=.95,  # Of the intervals
     threshold:float=.5,    # For multi-label data: a class is predicted from this probability on
 ) -> Report:
-    "Evaluate once: metrics with intervals, per-class scores, confusion matrix, errors, calibration. Raises `EvaluateError`."
+    """Evaluate once: metrics with intervals, per-class scores, confusion matrix, errors, calibration. Raises
+    `EvaluateError`."""
     dl, title = resolve_dl(self, on)
     with self.no_bar(), self.no_logging():
         probs, targets = self.get_preds(act=self.probabilities_of, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))
@@ -204,40 +223,48 @@ def evaluate(self:Learner,
         if tta: probs = _augmented(self, dl, probs, tta)
     vocab = getattr(self.dls, 'vocab', None)
     check_probabilities(self.loss_func, probs)
-    return Report(to_np(probs), to_np(targets), range(probs.shape[-1]) if vocab is None else vocab, items, None, confidence, threshold, title, broken_mask(self.dls.valid if dl is None else dl))
+    return Report(to_np(probs), to_np(targets), range(probs.shape[-1]) if vocab is None else vocab, items, None,
+                  confidence, threshold, title, broken_mask(self.dls.valid if dl is None else dl))
 
-
+# %% ../../nbs/85_evaluate.report.ipynb #45973cf4
 def resolve_dl(
     learn,  # A learner
     on,     # As for `evaluate`
 ):          # A data loader and a name; None as the loader of the validation set, whose features may be cached
     "The data loader for a split, a loader or a source"
     if isinstance(on, str) and on == 'valid':
-        if len(learn.dls.loaders) < 2 or not len(learn.dls.valid.dataset): raise EvaluateError("there is no validation set: evaluate other images, as evaluate('train') or evaluate(folder).")
+        if len(learn.dls.loaders) < 2 or not len(learn.dls.valid.dataset):
+            raise EvaluateError("there is no validation set: evaluate other images, as evaluate('train') or "
+                                "evaluate(folder).")
         return None, 'valid'
     if isinstance(on, str) and on == 'train':
-        return learn.dls.valid.new(learn.dls.train.dataset, shuffle=False, drop_last=False) if not isinstance(learn.dls, ImageData) else \
+        return learn.dls.valid.new(learn.dls.train.dataset, shuffle=False, drop_last=False) if not isinstance(learn.dls,
+        ImageData) else \
             learn.dls.test_dl(list(learn.dls.train_ds.items), with_labels=True), 'train'
     if isinstance(on, str) and on == 'test':
-        if not hasattr(learn.dls, 'held_out'): raise EvaluateError("'test' needs data with a test set, image_data(..., test=.1): pass a data loader instead.")
+        if not hasattr(learn.dls, 'held_out'):
+            raise EvaluateError("'test' needs data with a test set, image_data(..., test=.1): pass a data loader "
+                                "instead.")
         return learn.dls.held_out(), 'test'
     if isinstance(on, (DataLoader, torch.utils.data.DataLoader)) or hasattr(on, 'one_batch'): return on, ''
     return learn.dls.test_dl(on, with_labels=True), str(on) if isinstance(on, (str, Path)) else ''
 
-
+# %% ../../nbs/85_evaluate.report.ipynb #e5738ede
 def _augmented(learn, dl, plain, n):
     "Mean of the plain probabilities and those of `n` augmented versions"
     dl, train = learn.dls.valid if dl is None else dl, learn.dls.train
     views = train.new(dl.dataset, shuffle=False, drop_last=False, get_idxs=_ConstantFunc(list(range(len(dl.dataset)))))
     return (plain + sum(_views(learn, views, n))) / (n + 1)
 
-
+# %% ../../nbs/85_evaluate.report.ipynb #022701a9
 def _views(learn, dl, n):
     "Probabilities of `n` augmented views of the images of a loader, each drawn anew"
     with dl.dataset.set_split_idx(0):
-        for i in range(n): yield learn.get_preds(dl=dl.new(seed=dl.seed + i + 1) if isinstance(dl, ImageDL) else dl, act=learn.probabilities_of)[0]
+        for i in range(n):
+            yield learn.get_preds(dl=dl.new(seed=dl.seed + i + 1) if isinstance(dl, ImageDL) else dl,
+                                  act=learn.probabilities_of)[0]
 
-
+# %% ../../nbs/85_evaluate.report.ipynb #41321e12
 @patch
 def tta(self:Learner,
     ds_idx:int=1,       # 0: training set, 1: validation set
@@ -247,7 +274,8 @@ def tta(self:Learner,
     beta:float=.25,     # Weight of the plain images; None: both predictions, those of the views first
     use_max:bool=False, # The highest of the predictions in place of their mean
 ):                      # Probabilities and targets
-    "Test-time augmentation: predictions on `n` different views and on the plain images, as fastai's `tta` puts them together. Raises `EvaluateError`."
+    """Test-time augmentation: predictions on `n` different views and on the plain images, as fastai's `tta` puts them
+    together. Raises `EvaluateError`."""
     if n < 1: raise EvaluateError(f'tta(n={n!r}): 1 view or more.')
     if dl is None: dl = self.dls[ds_idx].new(shuffle=False, drop_last=False)
     if item_tfms is not None or batch_tfms is not None: dl = dl.new(after_item=item_tfms, after_batch=batch_tfms)

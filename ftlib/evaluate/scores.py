@@ -23,13 +23,18 @@ def validate_predictions(
 ):
     "Validate and convert predictions. Raises `EvaluateError` if shapes or values do not match."
     probs, targets, classes = np.asarray(probs), np.asarray(targets), [str(c) for c in classes]
-    if probs.ndim != 2 or not len(probs): raise EvaluateError(f'probabilities have shape {probs.shape}: give images × classes, with one image or more.')
-    if probs.shape[1] != len(classes): raise EvaluateError(f'{probs.shape[1]} probabilities per image for {len(classes)} classes: give one per class.')
-    if len(probs) != len(targets): raise EvaluateError(f'{len(probs):,} predictions for {len(targets):,} true classes: give one each.')
-    if not np.isfinite(probs).all(): raise EvaluateError(f'{(~np.isfinite(probs).all(1)).sum():,} of {len(probs):,} predictions are not finite: check the weights of the network for NaN.')
+    if probs.ndim != 2 or not len(probs):
+        raise EvaluateError(f'probabilities have shape {probs.shape}: give images × classes, with one image or more.')
+    if probs.shape[1] != len(classes):
+        raise EvaluateError(f'{probs.shape[1]} probabilities per image for {len(classes)} classes: give one per class.')
+    if len(probs) != len(targets):
+        raise EvaluateError(f'{len(probs):,} predictions for {len(targets):,} true classes: give one each.')
+    if not np.isfinite(probs).all():
+        raise EvaluateError(f'{(~np.isfinite(probs).all(1)).sum():,} of {len(probs):,} predictions are not finite: '
+                            f'check the weights of the network for NaN.')
     return probs, targets, classes
 
-
+# %% ../../nbs/81_evaluate.scores.ipynb #8434936e
 def true_class_rank(
     probs,     # n × classes
     targets,   # n
@@ -39,7 +44,7 @@ def true_class_rank(
     before = np.arange(probs.shape[1]) < targets[:, None]
     return ((probs > mine) | ((probs == mine) & before)).sum(1)
 
-
+# %% ../../nbs/81_evaluate.scores.ipynb #c8baf460
 def per_class_table(
     classes,     # Names
     total,       # Images of each class
@@ -56,7 +61,7 @@ def per_class_table(
         table['F1'] = 2 * right / (total + n_predicted)
     return table
 
-
+# %% ../../nbs/81_evaluate.scores.ipynb #5f251221
 class SingleLabel:
     "Metrics of single-label predictions, as DataFrames"
     def __init__(self,
@@ -68,9 +73,12 @@ class SingleLabel:
         ks=(1, 3),             # For top-k
     ):
         self.probs, self.targets, self.classes = validate_predictions(probs, targets, classes)
-        if not np.issubdtype(self.targets.dtype, np.integer) or self.targets.min() < 0 or self.targets.max() >= len(self.classes):
-            raise EvaluateError(f'true classes must be integers from 0 to {len(self.classes) - 1}, got {self.targets.dtype} from {self.targets.min()} to {self.targets.max()}.')
-        if (self.probs < 0).any() or (abs(self.probs.sum(1) - 1) > 1e-2).any(): raise EvaluateError('probabilities must be at least 0 and add up to 1: apply softmax to the scores first.')
+        if not np.issubdtype(self.targets.dtype,
+                             np.integer) or self.targets.min() < 0 or self.targets.max() >= len(self.classes):
+            raise EvaluateError(f'true classes must be integers from 0 to {len(self.classes) - 1}, got '
+                                f'{self.targets.dtype} from {self.targets.min()} to {self.targets.max()}.')
+        if (self.probs < 0).any() or (abs(self.probs.sum(1) - 1) > 1e-2).any():
+            raise EvaluateError('probabilities must be at least 0 and add up to 1: apply softmax to the scores first.')
         self.losses, self.confidence, self.ks = losses, confidence, [k for k in ks if k == 1 or k < len(self.classes)]
         if losses is None: self.losses = -np.log(np.maximum(self.true_probs, np.finfo(np.float32).tiny))
 
@@ -83,7 +91,8 @@ class SingleLabel:
     @cached_property
     def true_class_ranks(self):
         chunk = max(1, int(2e7) // self.probs.shape[1])
-        return np.concatenate([true_class_rank(self.probs[i:i + chunk], self.targets[i:i + chunk]) for i in range(0, len(self.probs), chunk)])
+        return np.concatenate([true_class_rank(self.probs[i:i + chunk], self.targets[i:i + chunk])
+                               for i in range(0, len(self.probs), chunk)])
 
     @cached_property
     def confusion(self) -> pd.DataFrame:
@@ -97,11 +106,15 @@ class SingleLabel:
         "One row per metric: value, interval, and for proportions the counts right and total."
         n = len(self.probs)
         rows = {f'top{k}': self._share(int((self.true_class_ranks < k).sum()), n) for k in self.ks}
-        rows |= {name: dict(zip(('value', 'low', 'high'), o)) for name, o in class_scores(self.confusion, self.confidence).items()}
+        rows |= {name: dict(zip(('value', 'low', 'high'), o)) for name,
+                 o in class_scores(self.confusion, self.confidence).items()}
         squares = (self.probs.astype(float) ** 2).sum(1) - 2 * self.true_probs + 1
-        for name, o in (('loss', self.losses), ('Brier', squares)): rows[name] = dict(zip(('value', 'low', 'high'), mean_interval(o, self.confidence)))
+        for name, o in (('loss', self.losses), ('Brier', squares)):
+            rows[name] = dict(zip(('value', 'low', 'high'), mean_interval(o, self.confidence)))
         rows['ECE'] = dict(value=expected_calibration_error(self.calibration))
-        return pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'low', 'high', 'right', 'total']).astype({'right': 'Int64', 'total': 'Int64'})
+        return pd.DataFrame.from_dict(rows, orient='index',
+                                      columns=['value', 'low', 'high', 'right', 'total']).astype({'right': 'Int64',
+                                      'total': 'Int64'})
 
     def _share(self, right, total):
         low, high = wilson(right, total, self.confidence)
@@ -109,7 +122,8 @@ class SingleLabel:
 
     @cached_property
     def per_class(self) -> pd.DataFrame:
-        "One row per class: images, right, recall and precision with intervals, F1, and the class that it is most often confused with."
+        """One row per class: images, right, recall and precision with intervals, F1, and the class that it is most
+        often confused with."""
         counts = self.confusion.to_numpy()
         total, n_predicted, right = counts.sum(1), counts.sum(0), counts.diagonal()
         wrong = counts - np.diag(right)
@@ -125,12 +139,15 @@ class SingleLabel:
         return reliability(self.probs.max(1), self.predicted == self.targets, self.confidence)
 
     def errors(self, items=None) -> pd.DataFrame:
-        "The errors, highest loss first: image, label, prediction, probabilities of both, loss. The index is the position in the dataset."
+        """The errors, highest loss first: image, label, prediction, probabilities of both, loss. The index is the
+        position in the dataset."""
         at = np.flatnonzero(self.predicted != self.targets)
         at = at[np.argsort(-np.asarray(self.losses)[at], kind='stable')]
         names = np.array(self.classes, object)
-        return pd.DataFrame({'image': [items[i] if items is not None else i for i in at], 'label': names[self.targets[at]], 'prediction': names[self.predicted[at]],
-                             'probability': self.probs[at, self.predicted[at]], "p_label": self.true_probs[at], 'loss': np.asarray(self.losses)[at]}, index=at)
+        return pd.DataFrame({'image': [items[i] if items is not None else i for i in at],
+        'label': names[self.targets[at]], 'prediction': names[self.predicted[at]],
+                             'probability': self.probs[at, self.predicted[at]], "p_label": self.true_probs[at],
+                             'loss': np.asarray(self.losses)[at]}, index=at)
 
 # %% ../../nbs/81_evaluate.scores.ipynb #e5b1a110
 def reliability(
@@ -144,19 +161,21 @@ def reliability(
     at = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     n = np.bincount(at, minlength=bins)
     some, k = n > 0, np.bincount(at, right, bins)
-    table = pd.DataFrame({'from': np.arange(bins)[some] / bins, 'to': (np.arange(bins)[some] + 1) / bins, 'images': n[some],
+    table = pd.DataFrame({'from': np.arange(bins)[some] / bins, 'to': (np.arange(bins)[some] + 1) / bins,
+    'images': n[some],
                           'probability': np.bincount(at, confidence, bins)[some] / n[some], 'right': k[some] / n[some]})
     table['right low'], table['right high'] = wilson(k[some], n[some], level)
     return table
 
-
+# %% ../../nbs/81_evaluate.scores.ipynb #2fbaa288
 def expected_calibration_error(
     calibration:pd.DataFrame,  # By `reliability`
 ) -> float:
     "Expected calibration error (ECE): mean gap between confidence and accuracy (Naeini et al. 2015)."
-    return float((calibration['images'] * (calibration['probability'] - calibration['right']).abs()).sum() / calibration['images'].sum())
+    gaps = (calibration['probability'] - calibration['right']).abs()
+    return float((calibration['images'] * gaps).sum() / calibration['images'].sum())
 
-
+# %% ../../nbs/81_evaluate.scores.ipynb #bb144448
 def coverage(
     confidence,           # n: probabilities of the predictions
     right,                # n: is the prediction correct?
@@ -166,8 +185,10 @@ def coverage(
     confidence, right = np.asarray(confidence, float), np.asarray(right, bool)
     order = np.argsort(-confidence, kind='stable')
     sorted_, k = confidence[order], right[order].cumsum()
-    last = np.flatnonzero(np.diff(sorted_, append=-1))  # images with the same probability are accepted or rejected together
+    # images with the same probability are accepted or rejected together
+    last = np.flatnonzero(np.diff(sorted_, append=-1))
     last = last[np.unique(np.linspace(0, len(last) - 1, min(200, len(last))).round().astype(int))]
-    table = pd.DataFrame({'threshold': sorted_[last], 'coverage': (last + 1) / len(order), 'answered': last + 1, 'accuracy': k[last] / (last + 1)})
+    table = pd.DataFrame({'threshold': sorted_[last], 'coverage': (last + 1) / len(order), 'answered': last + 1,
+                          'accuracy': k[last] / (last + 1)})
     table['low'], table['high'] = wilson(k[last], last + 1, level)
     return table

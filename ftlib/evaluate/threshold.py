@@ -16,37 +16,47 @@ from .report import Report
 # %% ../../nbs/89_evaluate.threshold.ipynb #bff107dc
 def _of_class(report, of):
     "Probability of the class, and whether an image belongs to it"
-    if report.targets.ndim != 1: raise EvaluateError('a threshold of one class needs single-label data; for multi-label data use evaluate(threshold=).')
-    if str(of) not in report.classes: raise EvaluateError(f'no class {of!r}; there are {", ".join(report.classes[:10])}.')
+    if report.targets.ndim != 1:
+        raise EvaluateError('a threshold of one class needs single-label data; for multi-label data use '
+                            'evaluate(threshold=).')
+    if str(of) not in report.classes:
+        raise EvaluateError(f'no class {of!r}; there are {", ".join(report.classes[:10])}.')
     i = report.classes.index(str(of))
     return report.probs[:, i], report.targets == i
 
-
+# %% ../../nbs/89_evaluate.threshold.ipynb #4a34a8ac
 def choose_threshold(
     report:Report,  # Of the validation set
     of:str,         # The class to find
 ) -> float:         # A probability
-    "The threshold with the highest balanced accuracy: the mean of the shares of this class and of all others that are right."
+    """The threshold with the highest balanced accuracy: the mean of the shares of this class and of all others that
+    are right."""
     p, true = _of_class(report, of)
-    if true.all() or not true.any(): raise EvaluateError(f'a threshold for {of!r} needs images of it and of others; there are {int(true.sum())} of {len(true)}.')
+    if true.all() or not true.any():
+        raise EvaluateError(f'a threshold for {of!r} needs images of it and of others; there are {int(true.sum())} of '
+                            f'{len(true)}.')
     values = np.unique(p)
     thresholds = (values[1:] + values[:-1]) / 2  # halfway between two images
-    if not len(thresholds): raise EvaluateError(f'every image has the same probability of {of!r}, {values[0]:.3g}: no threshold tells them apart.')
+    if not len(thresholds):
+        raise EvaluateError(f'every image has the same probability of {of!r}, {values[0]:.3g}: no threshold tells them '
+                            f'apart.')
     found = p[:, None] >= thresholds
     balanced = found[true].mean(0) + (~found[~true]).mean(0)
     return float(thresholds[balanced.argmax()])
 
-
+# %% ../../nbs/89_evaluate.threshold.ipynb #2955297c
 def detection(
     report:Report,        # Of other images than those that the threshold was chosen on
     of:str,               # The class to find
     threshold:float=.5,   # It is predicted from this probability on
     confidence:float=.95, # Of the intervals
 ) -> pd.DataFrame:        # value, low, high, right, of
-    "How many images of a class are found (recall), how many alarms are right (precision), how many of the others raise none (specificity), and the accuracy."
+    """How many images of a class are found (recall), how many alarms are right (precision), how many of the others
+    raise none (specificity), and the accuracy."""
     p, true = _of_class(report, of)
     alarm = p >= threshold
-    counts = {'recall': (alarm & true, true), 'precision': (alarm & true, alarm), 'specificity': (~alarm & ~true, ~true), 'accuracy': (alarm == true, np.ones_like(true))}
+    counts = {'recall': (alarm & true, true), 'precision': (alarm & true, alarm),
+              'specificity': (~alarm & ~true, ~true), 'accuracy': (alarm == true, np.ones_like(true))}
     rows = {name: (int(right.sum()), int(of_all.sum())) for name, (right, of_all) in counts.items()}
     table = pd.DataFrame.from_dict(rows, orient='index', columns=['right', 'of'])
     with np.errstate(invalid='ignore'): table.insert(0, 'value', table.right / table.of)

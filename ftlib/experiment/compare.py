@@ -35,15 +35,19 @@ class Comparison:
         rows = {}
         for name, runs in self.runs.items():
             mean, low, high = mean_interval([r.mean() for r in self.right(name)], self.confidence, (0, 1))
-            mid = {k: np.median([r[k] for r in runs]) for k in ('seconds', 'bytes', 'parameters', 'trainable', 'epochs', 'best_epoch', 'images_per_second')}
-            rows[name] = {'seeds': len(runs), 'accuracy': mean, 'low': low, 'high': high, 'seconds': mid['seconds'], 'peak MB': mid['bytes'] / 1e6,
-                          'parameters': int(mid['parameters']), 'trainable': int(mid['trainable']), 'epochs': int(mid['epochs']), 'best epoch': int(mid['best_epoch']),
+            mid = {k: np.median([r[k] for r in runs]) for k in ('seconds', 'bytes', 'parameters', 'trainable', 'epochs',
+                'best_epoch', 'images_per_second')}
+            rows[name] = {'seeds': len(runs), 'accuracy': mean, 'low': low, 'high': high, 'seconds': mid['seconds'],
+            'peak MB': mid['bytes'] / 1e6,
+                          'parameters': int(mid['parameters']), 'trainable': int(mid['trainable']),
+                          'epochs': int(mid['epochs']), 'best epoch': int(mid['best_epoch']),
                           'images/s': mid['images_per_second']}
         return pd.DataFrame.from_dict(rows, orient='index').sort_values('accuracy', ascending=False, kind='stable')
 
     @property
     def differences(self) -> pd.DataFrame:
-        "Every pair, the better method first: difference over the same images and seeds with its interval, p, Holm-corrected p, and whether it is significant."
+        """Every pair, the better method first: difference over the same images and seeds with its interval, p,
+        Holm-corrected p, and whether it is significant."""
         names, rows = list(self.table.index), []
         for i, a in enumerate(names):
             for b in names[i + 1:]:
@@ -60,15 +64,18 @@ class Comparison:
         runs = [[next(r for r in self.runs[name] if r['seed'] == s) for s in seeds] for name in (a, b)]
         first = runs[0][0] if seeds else None
         for r in runs[0] + runs[1]:
-            if len(r['targets']) != len(first['targets']) or not np.array_equal(r['targets'], first['targets']) or r['files'] != first['files']:
-                raise CompareError(f'{r["name"]!r}, seed {r["seed"]}, was evaluated on other images than {a!r}: build the data once, or with the same seed each time.')
+            if len(r['targets']) != len(first['targets']) or not np.array_equal(r['targets'],
+                first['targets']) or r['files'] != first['files']:
+                raise CompareError(f'{r["name"]!r}, seed {r["seed"]}, was evaluated on other images than {a!r}: build '
+                                   f'the data once, or with the same seed each time.')
         if not seeds: raise CompareError(f'{a!r} and {b!r} have no common seed: run both with the same seeds.')
         return [np.array([correct_mask(r) for r in part]) for part in runs]
 
     def report(self, name, seed=None) -> Report:
         "The report of one run, by default of the first seed."
         found = [r for r in self.runs.get(name, ()) if seed in (None, r['seed'])]
-        if not found: raise CompareError(f'there is no run of {name!r} with seed {seed}; use one of {", ".join(self.runs)}.')
+        if not found:
+            raise CompareError(f'there is no run of {name!r} with seed {seed}; use one of {", ".join(self.runs)}.')
         return run_report(found[0], f'{name}, seed {found[0]["seed"]}')
 
     def plot(self, ax=None):
@@ -81,7 +88,8 @@ class Comparison:
             ax.plot(seconds, points, 'o', color=f'C{i % 10}', alpha=.45, ms=5)
             ax.plot(np.median(seconds), points.mean(), 'D', color=f'C{i % 10}', ms=8, label=name)
         ax.set(xscale='log', xlabel='seconds', ylabel='accuracy')
-        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter): axis(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '125' else '')
+        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            axis(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '125' else '')
         for text in ax.legend(fontsize='small').get_texts(): text.set_parse_math(False)
         return ax
 
@@ -104,12 +112,13 @@ class Comparison:
 
     def _shown(self):
         table = self.table
-        return table.assign(**{k: table[k].round(4) for k in ('accuracy', 'low', 'high')}, **{k: table[k].round(1) for k in ('seconds', 'peak MB', 'images/s')})
+        return table.assign(**{k: table[k].round(4) for k in ('accuracy', 'low', 'high')},
+                            **{k: table[k].round(1) for k in ('seconds', 'peak MB', 'images/s')})
 
     def __repr__(self): return self._shown().to_string()
     def _repr_html_(self): return self._shown().to_html()
 
-
+# %% ../../nbs/95_experiment.compare.ipynb #e28dbbe5
 def compare(
     ways:dict,                # {name: function of a seed that returns a trained learner}
     seeds=3,                  # Number of seeds, or a list
@@ -120,8 +129,11 @@ def compare(
     say=print,                # Called with a line for each run
 ) -> Comparison:
     "Train each method with each seed, and evaluate all on the same images. Raises `CompareError`."
-    if not isinstance(ways, dict) or not ways: raise CompareError('nothing to compare: give {name: function of a seed that returns a trained learner}.')
-    if odd := next((k for k, f in ways.items() if not callable(f) or hasattr(f, 'dls')), None): raise CompareError(f'{odd!r} is a {type(ways[odd]).__name__}: give a function of a seed that returns a trained learner.')
+    if not isinstance(ways, dict) or not ways:
+        raise CompareError('nothing to compare: give {name: function of a seed that returns a trained learner}.')
+    if odd := next((k for k, f in ways.items() if not callable(f) or hasattr(f, 'dls')), None):
+        raise CompareError(f'{odd!r} is a {type(ways[odd]).__name__}: give a function of a seed that returns a trained '
+                           f'learner.')
     seeds, ways = as_seeds(seeds), {str(k): f for k, f in ways.items()}
     runs, start, done = RunStore(folder), time.perf_counter(), {name: [] for name in ways}
     todo = [(seed, name) for seed in seeds for name in ways]  # the first seed of every method comes before the second
@@ -129,7 +141,8 @@ def compare(
         run = runs.get(name, seed, ways[name])
         if run is None:
             if budget is not None and time.perf_counter() - start > budget:
-                say(f'Budget of {budget:.0f} s reached, {len(todo) - i} runs left; repeat the call with the same folder=.')
+                say(f'Budget of {budget:.0f} s reached, {len(todo) - i} runs left; repeat the call with the same '
+                    f'folder=.')
                 break
             key = runs.of(ways[name])
             run = runs.add(name, seed, ways[name], execute_run(ways[name], seed, on), key)

@@ -33,9 +33,13 @@ def fold_table(
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
     if not isinstance(k, int) or k < 2: raise CompareError(f'k={k!r}: give 2 folds or more.')
     counts = table['label'].value_counts()
-    if counts.min() < k: raise CompareError(f'class {counts.idxmin()!r} has {counts.min()} images, fewer than the {k} folds: use k={max(2, counts.min())} or more images.')
-    if groups is not None and len(set(groups)) < k: raise CompareError(f'{len(set(groups))} groups for {k} folds: give at least one group per fold.')
-    split = (StratifiedKFold if groups is None else StratifiedGroupKFold)(k, shuffle=True, random_state=seed).split(table, table['label'], groups)
+    if counts.min() < k:
+        raise CompareError(f'class {counts.idxmin()!r} has {counts.min()} images, fewer than the {k} folds: use '
+                           f'k={max(2, counts.min())} or more images.')
+    if groups is not None and len(set(groups)) < k:
+        raise CompareError(f'{len(set(groups))} groups for {k} folds: give at least one group per fold.')
+    split = (StratifiedKFold if groups is None else StratifiedGroupKFold)(k, shuffle=True,
+        random_state=seed).split(table, table['label'], groups)
     folds = np.empty(len(table), int)
     for i, (_, held) in enumerate(split): folds[held] = i
     return folds
@@ -44,17 +48,21 @@ def fold_table(
 class CrossValidation:
     "The results of all folds"
     def __init__(self, runs, table, classes, learners=(), confidence=.95):
-        self.runs, self.data, self.classes, self.learners, self.confidence = runs, table, classes, list(learners), confidence
+        self.runs, self.data, self.classes, self.learners, self.confidence = (runs, table, classes, list(learners),
+            confidence)
 
     @property
     def folds(self) -> pd.DataFrame:
         "One row per fold: repeat, images, accuracy, loss, seconds."
-        rows = [dict(repeat=r['repeat'], fold=r['fold'], images=len(r['targets']), accuracy=(t := run_report(r).table['value'])['top1'], loss=t['loss'], seconds=r['seconds']) for r in self.runs]
+        rows = [dict(repeat=r['repeat'], fold=r['fold'], images=len(r['targets']),
+                     accuracy=(t := run_report(r).table['value'])['top1'], loss=t['loss'], seconds=r['seconds'])
+                     for r in self.runs]
         return pd.DataFrame(rows)
 
     @cached_property
     def out_of_fold(self) -> pd.DataFrame:
-        "Out-of-fold predictions, one row per image: file, label, prediction, its probability, that of the label, fold of the first repeat. Probabilities are means over the repeats."
+        """Out-of-fold predictions, one row per image: file, label, prediction, its probability, that of the label,
+        fold of the first repeat. Probabilities are means over the repeats."""
         probs, n = np.zeros((len(self.data), len(self.classes))), np.zeros(len(self.data))
         for r in self.runs:
             rows = r['rows'][r['places']]  # without images that cannot be opened
@@ -63,7 +71,8 @@ class CrossValidation:
         done = n > 0
         probs[done] /= n[done, None]
         names, targets = np.array(self.classes, object), self.data['target'].to_numpy()
-        table = pd.DataFrame({'image': self.data['file'], 'label': names[targets], 'prediction': names[probs.argmax(1)], 'probability': probs.max(1),
+        table = pd.DataFrame({'image': self.data['file'], 'label': names[targets], 'prediction': names[probs.argmax(1)],
+        'probability': probs.max(1),
                               "p_label": probs[np.arange(len(probs)), targets], 'fold': self.data['fold 0']})
         self._probs = probs[done]
         return table[done]
@@ -72,15 +81,18 @@ class CrossValidation:
     def report(self) -> Report:
         "Report of the out-of-fold predictions of all images."
         table = self.out_of_fold
-        return Report(self._probs, self.data['target'].to_numpy()[table.index], self.classes, [self.data['item'].iloc[i] for i in table.index], confidence=self.confidence, title='out of fold')
+        return Report(self._probs, self.data['target'].to_numpy()[table.index], self.classes,
+                      [self.data['item'].iloc[i] for i in table.index], confidence=self.confidence, title='out of fold')
 
     @property
     def table(self) -> pd.DataFrame:
-        "Accuracy and loss: mean over the folds, Student's t interval, minimum and maximum. Folds share most of their training images, so the interval is slightly too narrow (Bengio & Grandvalet 2004)."
+        """Accuracy and loss: mean over the folds, Student's t interval, minimum and maximum. Folds share most of their
+        training images, so the interval is slightly too narrow (Bengio & Grandvalet 2004)."""
         rows = {}
         for name, within in (('accuracy', (0, 1)), ('loss', (0, np.inf))):
             values = self.folds[name]
-            rows[name] = dict(zip(('mean', 'low', 'high'), mean_interval(values, self.confidence, within)), least=values.min(), most=values.max())
+            rows[name] = dict(zip(('mean', 'low', 'high'), mean_interval(values, self.confidence, within)),
+                              least=values.min(), most=values.max())
         return pd.DataFrame.from_dict(rows, orient='index')
 
     def predict(self,
@@ -90,39 +102,46 @@ class CrossValidation:
         total, learners = 0, self._trained()
         for learn in learners:
             dl = items if hasattr(items, 'one_batch') else learn.dls.test_dl(items)
-            with learn.no_bar(), learn.no_logging(): total = total + to_np(learn.get_preds(dl=dl, act=learn.probabilities_of)[0])
+            with learn.no_bar(), learn.no_logging():
+                total = total + to_np(learn.get_preds(dl=dl, act=learn.probabilities_of)[0])
         return total / len(learners)
 
     def _trained(self):
         if self.learners: return self.learners
-        raise CompareError('the networks of these folds were not kept, or were trained by another process: use cross_validate(..., folder=None, keep=True), or train a network on all images.')
+        raise CompareError('the networks of these folds were not kept, or were trained by another process: use '
+                           'cross_validate(..., folder=None, keep=True), or train a network on all images.')
 
     def test(self) -> Report:
         "Report of the ensemble on the test set."
         dl = self._trained()[0].dls.held_out()
         targets = targets_of(dl).numpy()
-        return Report(self.predict(dl), targets, self.classes, dl.dataset.items, confidence=self.confidence, title='test, by the ensemble of the folds', broken=broken_mask(dl))
+        return Report(self.predict(dl), targets, self.classes, dl.dataset.items, confidence=self.confidence,
+                      title='test, by the ensemble of the folds', broken=broken_mask(dl))
 
     def __repr__(self): return f'{len(self.runs)} folds\n{self.table.round(4).to_string()}'
 
-
+# %% ../../nbs/97_experiment.crossval.ipynb #40fe25d4
 def _groups(given, source, whole, inside):
     "One group for each image outside of the test set"
     if isinstance(given, str):
-        if not isinstance(source, pd.DataFrame) or given not in source: raise CompareError(f'groups={given!r} is not a column of the source: give one group for each image, or a DataFrame with that column.')
+        if not isinstance(source, pd.DataFrame) or given not in source:
+            raise CompareError(f'groups={given!r} is not a column of the source: give one group for each image, or a '
+                               f'DataFrame with that column.')
         given = source[given]
     if given is None: return None
     given = np.asarray(given)
     if len(given) == len(whole): given = given[(whole['split'] != 'test').to_numpy()]
-    if len(given) != len(inside): raise CompareError(f'{len(given)} groups for {len(inside)} images outside of the test set: give one per image.')
+    if len(given) != len(inside):
+        raise CompareError(f'{len(given)} groups for {len(inside)} images outside of the test set: give one per image.')
     return given
 
-
+# %% ../../nbs/97_experiment.crossval.ipynb #0d067fef
 def cross_validate(
     way,                   # (dls, seed) → trained learner
     source,                # Anything that `image_data` accepts
     k:int=5,               # Folds
-    groups=None,           # Column of the table, or one group for each image outside of the test set; groups are not split
+    # Column of the table, or one group for each image outside of the test set; groups are not split
+    groups=None,
     repeats:int=1,         # Number of repetitions with other folds
     seed:int=42,           # Seed of the folds and of the batches
     folder=None,           # Folder to store runs; the same call resumes
@@ -133,7 +152,9 @@ def cross_validate(
     **data,                # More arguments of `image_data`: size, bs, augment, …
 ) -> CrossValidation:
     "Train once per fold and predict the images of the fold. Raises `CompareError`."
-    if wrong := {'valid', 'test'} & set(data): raise CompareError(f'{sorted(wrong)[0]}= is not an argument of cross_validate: the k folds are the validation sets, and images that the source marks as test are the test set.')
+    if wrong := {'valid', 'test'} & set(data):
+        raise CompareError(f'{sorted(wrong)[0]}= is not an argument of cross_validate: the k folds are the validation '
+                           f'sets, and images that the source marks as test are the test set.')
     found = read_source(source, root=root, path=path, label=label, split=split)
     whole = found.table.reset_index(drop=True)
     inside = whole[whole['split'] != 'test'].reset_index(drop=True)
@@ -147,15 +168,18 @@ def cross_validate(
         inside[f'fold {repeat}'] = folds = fold_table(inside, k, groups, seed + repeat)
         for fold in range(k):
             rows, name = np.flatnonzero(folds == fold), f'fold {fold} of {k}, repeat {repeat}'
-            table = pd.concat([inside.assign(split=np.where(folds == fold, 'valid', 'train')), held])[['item', 'label', 'split']]
-            train = partial(way, image_data(table, path='item', label='label', split='split', seed=seed, names=names, **data))
+            table = pd.concat([inside.assign(split=np.where(folds == fold, 'valid', 'train')), held])[['item', 'label',
+                'split']]
+            train = partial(way, image_data(table, path='item', label='label', split='split', seed=seed, names=names,
+                                            **data))
             run = runs.get(name, seed, train)
             if run is None:
                 def kept(s, train=train):
                     learners.append(train(s))
                     return learners[-1]
                 key = runs.of(train)
-                run = runs.add(name, seed, train, execute_run(kept if keep else train, seed + repeat * k + fold) | dict(rows=rows, fold=fold, repeat=repeat), key)
+                run = runs.add(name, seed, train, execute_run(kept if keep else train, seed + repeat * k + fold)
+                               | dict(rows=rows, fold=fold, repeat=repeat), key)
                 say(f'{name}: {run_report(run).lines()[0]} in {run["seconds"]:.1f} s')
             done.append(run)
     if len(learners) < len(done): learners = []

@@ -26,7 +26,9 @@ def n_per_class(
     "Draw `n` training images per class. Raises `CompareError`."
     train = table[table['split'] == 'train']
     counts = train['label'].value_counts()
-    if not isinstance(n, int) or not 1 <= n <= counts.min(): raise CompareError(f'cannot draw {n!r} labels per class: {counts.idxmin()!r} has only {counts.min()} training images. Give 1 to {counts.min()}.')
+    if not isinstance(n, int) or not 1 <= n <= counts.min():
+        raise CompareError(f'cannot draw {n!r} labels per class: {counts.idxmin()!r} has only {counts.min()} training '
+                           f'images. Give 1 to {counts.min()}.')
     drawn = train.sample(frac=1, random_state=seed).groupby('label').head(n)
     return table[(table['split'] != 'train') | table.index.isin(drawn.index)]
 
@@ -41,7 +43,9 @@ class LabelEfficiencyCurve:
     def at(self, n:int) -> Comparison:
         "Comparison of the methods with `n` labels per class. Raises `CompareError`."
         found = {name: runs for (name, k), runs in self.runs.items() if k == n}
-        if not found: raise CompareError(f'there are no runs with {n!r} labels per class; use one of {", ".join(map(str, self.labels))}.')
+        if not found:
+            raise CompareError(f'there are no runs with {n!r} labels per class; use one of '
+                               f'{", ".join(map(str, self.labels))}.')
         return Comparison(found, self.confidence)
 
     @property
@@ -52,7 +56,8 @@ class LabelEfficiencyCurve:
     @property
     def table(self) -> pd.DataFrame:
         "One row per number of labels and method: accuracy with Student's t interval over the seeds, seconds."
-        parts = {n: (found := self.at(n)).table.loc[list(found.runs), ['seeds', 'accuracy', 'low', 'high', 'seconds']] for n in self.labels}
+        parts = {n: (found := self.at(n)).table.loc[list(found.runs), ['seeds', 'accuracy', 'low', 'high', 'seconds']]
+                 for n in self.labels}
         return pd.concat(parts, names=['labels', 'start'])
 
     def plot(self, ax=None):
@@ -60,9 +65,12 @@ class LabelEfficiencyCurve:
         import matplotlib.pyplot as plt
         if ax is None: _, ax = plt.subplots(figsize=(5, 3.4), layout='constrained')
         for i, name in enumerate(dict.fromkeys(name for name, _ in self.runs)):
-            points = {n: [correct_mask(r).mean() for r in self.runs[name, n]] for n in self.labels if (name, n) in self.runs}
-            ax.fill_between(list(points), [min(p) for p in points.values()], [max(p) for p in points.values()], color=f'C{i % 10}', alpha=.15, lw=0)
-            ax.plot(list(points), [sum(p) / len(p) for p in points.values()], marker='o', color=f'C{i % 10}', label=name)
+            points = {n: [correct_mask(r).mean() for r in self.runs[name, n]] for n in self.labels
+                      if (name, n) in self.runs}
+            ax.fill_between(list(points), [min(p) for p in points.values()], [max(p) for p in points.values()],
+                            color=f'C{i % 10}', alpha=.15, lw=0)
+            ax.plot(list(points), [sum(p) / len(p) for p in points.values()], marker='o', color=f'C{i % 10}',
+                    label=name)
         ax.set_xscale('log')
         ax.set_xticks(self.labels, map(str, self.labels))
         ax.minorticks_off()
@@ -73,7 +81,7 @@ class LabelEfficiencyCurve:
     def __repr__(self): return self.table.round(4).to_string()
     def _repr_html_(self): return self.table.round(4).to_html()
 
-
+# %% ../../nbs/98_experiment.few_labels.ipynb #afcb13d9
 def label_efficiency_curve(
     ways:dict,                # {name: function of (data, seed) that returns a trained learner}
     source,                   # Anything that `image_data` takes
@@ -87,21 +95,26 @@ def label_efficiency_curve(
     names=None, root=None, path=None, label=None, split=None, # As for `image_data`
     **data,                   # More arguments of `image_data`: size, bs, augment, …
 ) -> LabelEfficiencyCurve:
-    "Train each method with several numbers of labels per class, and evaluate all on the same images. Raises `CompareError`."
-    if odd := next((k for k, f in ways.items() if not callable(f)), None): raise CompareError(f'{odd!r} is a {type(ways[odd]).__name__}: give a function of data and seed that returns a trained learner.')
+    """Train each method with several numbers of labels per class, and evaluate all on the same images. Raises
+    `CompareError`."""
+    if odd := next((k for k, f in ways.items() if not callable(f)), None):
+        raise CompareError(f'{odd!r} is a {type(ways[odd]).__name__}: give a function of data and seed that returns a '
+                           f'trained learner.')
     table = split_table(read_source(source, root=root, path=path, label=label, split=split), valid, test, seed)
     seeds = as_seeds(seeds)
     runs, done, labels = RunStore(folder), {}, sorted(labels)
     n_per_class(table, labels[-1])  # raises for too many labels before anything trains
     todo = [(s, n) for s in seeds for n in labels]
     for i, (s, n) in enumerate(todo):
-        dls = image_data(n_per_class(table, n, s), path='item', label='label', split='split', seed=seed, names=names, **data)
+        dls = image_data(n_per_class(table, n, s), path='item', label='label', split='split', seed=seed, names=names,
+                         **data)
         for j, (name, way) in enumerate(ways.items(), 1):
             train, key = partial(way, dls), f'{name}, {n} of each'
             run = runs.get(key, s, train)
             if run is None:
                 made_by = runs.of(train)
                 run = runs.add(key, s, train, execute_run(train, s, on), made_by)
-                say(f'{i * len(ways) + j} of {len(todo) * len(ways)}: {key}, seed {s}: {correct_mask(run).mean():.4f} in {run["seconds"]:.1f} s')
+                say(f'{i * len(ways) + j} of {len(todo) * len(ways)}: {key}, seed {s}: {correct_mask(run).mean():.4f} '
+                    f'in {run["seconds"]:.1f} s')
             done.setdefault((name, n), []).append(run)
     return LabelEfficiencyCurve(done, confidence)

@@ -19,7 +19,9 @@ def paired_test(
     "Paired test of the mean difference. With one seed it compares these two networks only. Raises `CompareError`."
     from scipy.stats import t
     a, b = (np.atleast_2d(np.asarray(o, float)) for o in (a, b))
-    if a.shape != b.shape or a.shape[1] < 2: raise CompareError(f'results have the shapes {a.shape} and {b.shape}: give seeds × images, the same shape for both, with two images or more.')
+    if a.shape != b.shape or a.shape[1] < 2:
+        raise CompareError(f'results have the shapes {a.shape} and {b.shape}: give seeds × images, the same shape for '
+                           f'both, with two images or more.')
     d = b - a
     (s, n), mean = d.shape, d.mean()
     by_seed, by_image = d.mean(1) - mean, d.mean(0) - mean
@@ -29,7 +31,8 @@ def paired_test(
         ms_seed = n * (by_seed ** 2).sum() / (s - 1)
         ms_rest = ((d - mean - by_seed[:, None] - by_image) ** 2).sum() / ((s - 1) * (n - 1))
         seed, image = max(ms_seed, ms_rest), max(ms_image - ms_rest, 0)
-        of_both = (seed + image) / (s * n), (seed + image) ** 2 / max(ms_seed ** 2 / (s - 1) + image ** 2 / (n - 1), 1e-30)
+        of_both = (seed + image) / (s * n), (seed + image) ** 2 / max(ms_seed ** 2 / (s - 1) + image ** 2 / (n - 1),
+            1e-30)
         ways = [of_both, (ms_seed / (s * n), s - 1)]
     half, p = 0., 0. if mean else 1.
     for variance, df in ways:
@@ -38,7 +41,7 @@ def paired_test(
         p = max(p, 2 * t.sf(abs(mean) / np.sqrt(variance), df))
     return dict(difference=float(mean), low=float(mean - half), high=float(mean + half), p=float(p))
 
-
+# %% ../../nbs/93_experiment.paired.ipynb #86ba2863
 def holm(
     ps,  # p-values of several comparisons
 ) -> np.ndarray:

@@ -27,7 +27,8 @@ from ..errors import RunError
 class FineTuneResult:
     "Result of a fine-tuning run: phases, sweeps, report and learner"
     learn: object                                # The trained learner
-    phases: pd.DataFrame                         # One row per phase: what trained, epochs, learning rate, seconds, accuracy
+    # One row per phase: what trained, epochs, learning rate, seconds, accuracy
+    phases: pd.DataFrame
     curves: dict                                 # Results of `lr_find` by phase
     report: Report                               # Of the validation set
 
@@ -40,11 +41,13 @@ class FineTuneResult:
     def summary(self):
         "One row per phase, with totals in the last row"
         phases = self.phases.drop(columns=["fit", "best epoch", "valid_loss"]).rename(columns={"accuracy": "top1"})
-        whole = dict(phase="all", epochs=phases["epochs"].sum(), seconds=phases["seconds"].sum(), top1=self.top1, kept=True)
+        whole = dict(phase="all", epochs=phases["epochs"].sum(), seconds=phases["seconds"].sum(), top1=self.top1,
+                     kept=True)
         return pd.concat([phases, pd.DataFrame([whole])], ignore_index=True)
 
     def save(self, out):
-        "Save the classifier as a bundle, tables as CSV, the report as HTML, plots as PNG in the folder `out`; returns the paths. Files that cannot be written are skipped with a warning"
+        """Save the classifier as a bundle, tables as CSV, the report as HTML, plots as PNG in the folder `out`;
+        returns the paths. Files that cannot be written are skipped with a warning"""
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         saved = self._save_model(out)  # first, since nothing else is as costly to compute
@@ -52,12 +55,14 @@ class FineTuneResult:
         if (split := split_of(self.learn.dls)) is not None: tables["split"] = split
         steps = {f"{name}.csv": partial(write_csv, table, out / f"{name}.csv") for name, table in tables.items()}
         steps["report.html"] = partial(self.report.save, out, title="Validation set")
-        plots = {f"lr_find_{name.replace(' ', '_')}": found.plot for name, found in self.curves.items() if len(found.curve)}
+        plots = {f"lr_find_{name.replace(' ', '_')}": found.plot for name,
+                 found in self.curves.items() if len(found.curve)}
         plots |= {"history": self.learn.plot_history, "per_class": self.report.plot_per_class}
         steps |= {f"{name}.png": partial(save_figure, draw, out / f"{name}.png") for name, draw in plots.items()}
         for name, write in steps.items():
             try: write()
-            except Exception as e: warnings.warn(f"could not write {out / name} ({type(e).__name__}: {e}). The weights are in {saved}.")
+            except Exception as e:
+                warnings.warn(f"could not write {out / name} ({type(e).__name__}: {e}). The weights are in {saved}.")
         return sorted(out.iterdir())
 
     def _save_model(self, out):
@@ -65,7 +70,8 @@ class FineTuneResult:
         try: return save_bundle(self.learn, out / "model.ftl", report=self.report)
         except Exception as e:
             save_weights(self.learn, out / "weights.safetensors")
-            warnings.warn(f"could not write {out / 'model.ftl'} ({type(e).__name__}: {e}). The weights alone are in {out / 'weights.safetensors'}.")
+            warnings.warn(f"could not write {out / 'model.ftl'} ({type(e).__name__}: {e}). The weights alone are in "
+                          f"{out / 'weights.safetensors'}.")
             return out / "weights.safetensors"
 
 # %% ../../nbs/98b_experiment.pipeline.ipynb #6bc2a600
@@ -76,16 +82,17 @@ def save_figure(draw, path):
     plt.gcf().savefig(path, dpi=110, bbox_inches="tight")
     plt.close("all")
 
-
+# %% ../../nbs/98b_experiment.pipeline.ipynb #fea8a3ac
 def split_of(
     dls,  # By `image_data`
 ):        # path (absolute), label, split; None if the images are not files
     "The split of each image"
     table = getattr(dls, "_table", None)
     if table is None or not all(isinstance(item, (str, Path)) for item in table["item"]): return None
-    return pd.DataFrame(dict(path=[str(Path(item).resolve()) for item in table["item"]], label=table["label"], split=table["split"]))
+    return pd.DataFrame(dict(path=[str(Path(item).resolve()) for item in table["item"]], label=table["label"],
+                             split=table["split"]))
 
-
+# %% ../../nbs/98b_experiment.pipeline.ipynb #c0f883cd
 def as_trained(
     folder,   # Folder of images
     weights,  # Written by `ftlib train`, with `split.csv` beside it
@@ -94,17 +101,22 @@ def as_trained(
     source, listed = read_source(folder), Path(weights).with_name("split.csv")
     if (source.table["split"] == "valid").any(): return folder
     if not listed.exists():
-        raise RunError(f"{listed} is missing, so the training images in {folder} are not known. Use --on all to evaluate other images.")
+        raise RunError(f"{listed} is missing, so the training images in {folder} are not known. Use --on all to "
+                       f"evaluate other images.")
     _check_classes(weights, weights_about(weights)["classes"], source.classes)
     split = pd.read_csv(listed, dtype=str).set_index("path")["split"]
     paths = [str(Path(item).resolve()) for item in source.table["item"]]
-    table = pd.DataFrame(dict(path=paths, label=source.table["label"].tolist(), split=[split.get(p) for p in paths])).dropna(subset="split")
+    table = pd.DataFrame(dict(path=paths, label=source.table["label"].tolist(),
+                              split=[split.get(p) for p in paths])).dropna(subset="split")
     if not (table["split"] == "valid").any():
-        raise RunError(f"none of the {len(paths):,} images in {folder} was used for validation in that training: use --on all to evaluate all of them.")
-    if new := len(paths) - len(table): print(f"{new:,} images in {folder} were not in the data of that training and are left out; --on all evaluates all images.")
+        raise RunError(f"none of the {len(paths):,} images in {folder} was used for validation in that training: use "
+                       f"--on all to evaluate all of them.")
+    if new := len(paths) - len(table):
+        print(f"{new:,} images in {folder} were not in the data of that training and are left out; --on all evaluates "
+              f"all images.")
     return table
 
-
+# %% ../../nbs/98b_experiment.pipeline.ipynb #75a44993
 def save_weights(learn, path):
     "Save the network's weights as safetensors, with the settings to rebuild it in the header"
     from safetensors.torch import save_file
@@ -114,20 +126,23 @@ def save_weights(learn, path):
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in learn.model.state_dict().items()}
     save_file(tensors, str(path), metadata={"ftlib": json.dumps(about)})
 
-
+# %% ../../nbs/98b_experiment.pipeline.ipynb #1e3833df
 def weights_about(path):
-    "Settings in a bundle, or in a file of `save_weights`: arch, classes, size (image size of the training, in pixels), and whether it is a bundle"
+    """Settings in a bundle, or in a file of `save_weights`: arch, classes, size (image size of the training, in
+    pixels), and whether it is a bundle"""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(path), "pt") as f: about = (f.metadata() or {}).get("ftlib")
     except SafetensorError as e: raise RunError(f"cannot read weights from {path}: {e}.") from e
-    if about is None: raise RunError(f"{path} has no description of its network: give weights that `ftlib train` has written.")
+    if about is None:
+        raise RunError(f"{path} has no description of its network: give weights that `ftlib train` has written.")
     found = json.loads(about)
     if "format" not in found: return found | dict(bundle=False)
     found = bundle_about(path)
-    return dict(arch=found["network"].get("arch", "cnn"), classes=found["classes"], size=found["image"].get("size"), bundle=True)
+    return dict(arch=found["network"].get("arch", "cnn"), classes=found["classes"], size=found["image"].get("size"),
+                bundle=True)
 
-
+# %% ../../nbs/98b_experiment.pipeline.ipynb #f85909f5
 def learner_of(
     path,      # A bundle
     dls,       # By `image_data`, with the same classes
@@ -138,20 +153,23 @@ def learner_of(
     _check_classes(path, model.classes, [str(c) for c in dls.vocab])
     return model.learner(dls, cache=False, **kwargs)  # cached features are rounded
 
-
+# %% ../../nbs/98b_experiment.pipeline.ipynb #b77978e9
 def _check_classes(path, known, here):
     if known == here: return
     different = sorted(set(known) ^ set(here)) or ["the order"]
-    raise RunError(f"{path} has {len(known)} classes, the data {len(here)}; different: {', '.join(different[:5])}. Use data with the same classes.")
+    raise RunError(f"{path} has {len(known)} classes, the data {len(here)}; different: {', '.join(different[:5])}. Use "
+                   f"data with the same classes.")
 
-
+# %% ../../nbs/98b_experiment.pipeline.ipynb #c9e08869
 def load_weights(learn, path):
     "Load weights of `save_weights` into a learner with the same classes. Raises `RunError`."
     from safetensors.torch import load_file
     about = weights_about(path)
     _check_classes(path, about["classes"], [str(c) for c in learn.dls.vocab])
     try: learn.model.load_state_dict(load_file(str(path)))
-    except RuntimeError as e: raise RunError(f"{path} belongs to another network than {learn.model.arch}: {str(e).splitlines()[1].strip()}") from e
+    except RuntimeError as e:
+        raise RunError(f"{path} belongs to another network than {learn.model.arch}: "
+                       f"{str(e).splitlines()[1].strip()}") from e
 
 # %% ../../nbs/98b_experiment.pipeline.ipynb #ebff1d40
 def fine_tune_run(
@@ -163,9 +181,12 @@ def fine_tune_run(
 ) -> FineTuneResult:                       # Tables, curves and the trained learner
     "Run `fine_tune` and evaluate the validation set. Seconds are wall time."
     if epochs < 0 or (freeze_epochs or 0) < 0 or epochs + (1 if freeze_epochs is None else freeze_epochs) == 0:
-        raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: give at least one epoch, and no negative numbers.")
+        raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: give at least one epoch, and no negative "
+                       f"numbers.")
     if len(learn.dls.loaders) < 2 or not len(learn.dls.valid):
         raise RunError("there is no validation set: build the data with valid=.2, or another fraction.")
     table = fine_tune(learn, epochs, freeze_epochs, None if lr == "auto" else lr, **kwargs)
-    if not len(table): raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: this network has no separate head; give epochs of the whole network.")
+    if not len(table):
+        raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: this network has no separate head; give "
+                       f"epochs of the whole network.")
     return FineTuneResult(learn, table, learn.sweeps, learn.evaluate())

@@ -24,42 +24,45 @@ def _rate(learn, ratios=None):
     found = learn.lr_find(show_plot=False, ratios=ratios).suggested
     return float(found) if np.isfinite(found) else 1e-3
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #305c0ac3
 def feature_extractor(learn, epochs):
     "Train the head only, on a frozen body."
     learn.freeze()
     learn.fit_one_cycle(epochs, _rate(learn))
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #d68bc22d
 def head_then_all(learn, epochs):
-    "Train the head until it stops improving, then the whole network for `epochs`; the better of both is kept (`Learner.fine_tune`)."
+    """Train the head until it stops improving, then the whole network for `epochs`; the better of both is kept
+    (`Learner.fine_tune`)."""
     learn.fine_tune(epochs)
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #1c3b882b
 def all_at_once(learn, epochs):
     "Train the whole network from the start, early stages at a hundredth of the head's learning rate."
     learn.unfreeze()
     lr = _rate(learn, slice(1e-2, 1.))
     learn.fit_one_cycle(epochs, slice(lr / 100, lr))
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #6e3d34db
 def from_scratch(learn, epochs):
     "Train the whole network at one learning rate, for random weights."
     learn.unfreeze()
     learn.fit_one_cycle(epochs, _rate(learn))
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #3a5a1019
 def gradual_unfreezing(learn, epochs):
-    "Gradual unfreezing from the head down (Howard & Ruder 2018), with the epochs distributed over the stages; with fewer epochs than stages, several stages at once."
+    """Gradual unfreezing from the head down (Howard & Ruder 2018), with the epochs distributed over the stages; with
+    fewer epochs than stages, several stages at once."""
     learn.freeze()
     lr, k = _rate(learn), len(learn.opt.param_lists)
     for n, some in enumerate(np.array_split(np.arange(epochs), min(k, epochs)), 1):
         learn.freeze_to(-round(n * k / min(k, epochs)))
         learn.fit_one_cycle(len(some), [lr / 2.6 ** (k - 1 - i) for i in range(k)])
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #dd08fb4e
 # {name: function of a learner and a number of epochs}
-RECIPES = {'scratch': from_scratch, 'feature extractor': feature_extractor, 'fine-tune': head_then_all, 'gradual unfreezing': gradual_unfreezing,
+RECIPES = {'scratch': from_scratch, 'feature extractor': feature_extractor, 'fine-tune': head_then_all,
+'gradual unfreezing': gradual_unfreezing,
            'all at once': all_at_once}
 
 # %% ../../nbs/96_experiment.recipes.ipynb #f1de4837
@@ -75,12 +78,13 @@ def trainer(
     if epochs < 1: raise CompareError(f'epochs={epochs!r}: give 1 or more.')
     def train(dls, seed):
         set_seed(seed)
-        learn = vision_learner(dls, arch, weights=None if name == 'scratch' else weights, **dict(metrics=accuracy, seed=seed) | kwargs)
+        learn = vision_learner(dls, arch, weights=None if name == 'scratch' else weights,
+                               **dict(metrics=accuracy, seed=seed) | kwargs)
         with learn.no_bar(), learn.no_logging(): RECIPES[name](learn, epochs)
         return learn
     return train
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #67df5672
 def recipes(
     dls,                       # The data
     arch,                      # As for `trainer`
@@ -92,14 +96,15 @@ def recipes(
     "Training functions of all recipes for the same network and data."
     return {name: partial(trainer(name, arch, weights, epochs, **kwargs), dls) for name in names or RECIPES}
 
-
+# %% ../../nbs/96_experiment.recipes.ipynb #273b4485
 def probes(
     dls,                       # The data
     archs,                     # Names of networks, or {name: file of weights}
     epochs:int=10,             # Epochs of the head, on cached features
     **kwargs,                  # More arguments of `vision_learner`
 ) -> dict:                     # {name: function of a seed}, for `compare`
-    "Training functions for a new head on each frozen network, to compare pretrained bodies. Features are computed once, whatever the number of seeds."
+    """Training functions for a new head on each frozen network, to compare pretrained bodies. Features are computed
+    once, whatever the number of seeds."""
     archs = archs if isinstance(archs, dict) else dict.fromkeys(archs, 'imagenet')
     return {str(a): partial(trainer('feature extractor', a, w, epochs, **kwargs), dls) for a, w in archs.items()}
 
@@ -114,8 +119,10 @@ def distillation(
     T:float=4., alpha:float=.9, loss='kd',  # As for `Distill`
     **kwargs,                  # More arguments of `vision_learner`
 ) -> dict:                     # {name: function of a seed}, for `compare`
-    "Training functions for teacher, student alone, and distilled student. The teacher is trained already, so its time is zero."
+    """Training functions for teacher, student alone, and distilled student. The teacher is trained already, so its
+    time is zero."""
     def as_it_is(seed): return teacher
     ways = {name: partial(trainer(recipe, arch, weights, epochs, **kwargs | dict(cbs=cbs)), dls) for name, cbs in
-            (('student alone', kwargs.get('cbs')), ('student distilled', [*L(kwargs.get('cbs')), Distill(teacher, T, alpha, loss)]))}
+            (('student alone', kwargs.get('cbs')), ('student distilled',
+            [*L(kwargs.get('cbs')), Distill(teacher, T, alpha, loss)]))}
     return {'teacher': as_it_is} | ways

@@ -35,7 +35,7 @@ def _resident():
     try: return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except OSError: return 0
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #d9ede593
 class PeakMemory:
     "Context manager that records peak memory (of the GPU, else resident memory, sampled twenty times per second)"
     def __enter__(self):
@@ -54,7 +54,7 @@ class PeakMemory:
         if torch.cuda.is_available(): self.bytes = torch.cuda.max_memory_allocated()
         else: self._thread.join()
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #23b3909f
 @torch.no_grad()
 def images_per_second(
     learn,           # A learner
@@ -79,16 +79,20 @@ def execute_run(
     "Train once and return the results."
     start = time.perf_counter()
     with PeakMemory() as memory: learn = way(seed)
-    if not hasattr(learn, 'evaluate'): raise CompareError(f'training function must return the Learner, got {type(learn).__name__}.')
+    if not hasattr(learn, 'evaluate'):
+        raise CompareError(f'training function must return the Learner, got {type(learn).__name__}.')
     seconds, report, history = time.perf_counter() - start, learn.evaluate(on), learn.history
     dl, _ = resolve_dl(learn, on)
     files = [str(getattr(o, 'source', o)) for o in report.items or []]
     parameters = list(learn.model.parameters())
-    return dict(seconds=seconds, bytes=memory.bytes, parameters=sum(p.numel() for p in parameters), trainable=sum(p.numel() for p in parameters if p.requires_grad),
-                epochs=len(history), best_epoch=_best(learn, history), images_per_second=images_per_second(learn), history=history.to_dict('list'),
-                probs=report.probs.astype(np.float32), targets=np.asarray(report.targets), classes=list(report.classes), files=files, places=report.places)
+    return dict(seconds=seconds, bytes=memory.bytes, parameters=sum(p.numel() for p in parameters),
+    trainable=sum(p.numel() for p in parameters if p.requires_grad),
+                epochs=len(history), best_epoch=_best(learn, history), images_per_second=images_per_second(learn),
+                history=history.to_dict('list'),
+                probs=report.probs.astype(np.float32), targets=np.asarray(report.targets), classes=list(report.classes),
+                files=files, places=report.places)
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #63642aac
 def _best(learn, history):
     "Number of the epoch, over all fits, with the best value of the first metric, or of the loss"
     column = next((m.name for m in learn.metrics if m.name in history), 'valid_loss')
@@ -96,21 +100,22 @@ def _best(learn, history):
     values = history[column].to_numpy(float) * (1 if _lower(learn, column) else -1)
     return int(values.argmin()) + 1
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #0370b548
 def _lower(learn, column):
     try: return lower_is_better(learn, column)
     except ValueError: return False  # a metric that does not declare its direction: assume higher is better
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #d6c911f5
 def as_seeds(
     seeds,     # How many, or which
 ) -> list:
     "The seeds of a comparison. Raises `CompareError`."
-    found = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if isinstance(seeds, (list, tuple, range, set, np.ndarray)) else []
+    found = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds,
+        bool) else list(seeds) if isinstance(seeds, (list, tuple, range, set, np.ndarray)) else []
     if not found: raise CompareError(f'seeds={seeds!r}: give how many, 1 or more, or a list of them.')
     return [int(s) for s in found]
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #1c41a1c0
 class RunStore:
     "Store of finished runs by name and seed, one file each"
     def __init__(self,
@@ -120,7 +125,8 @@ class RunStore:
         if self.folder is not None: self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name, seed, way=None):
-        "A stored run, or None. None too if it cannot be determined whether `way` made it. Raises `CompareError` if another function made it, or one with other helpers, globals or data."
+        """A stored run, or None. None too if it cannot be determined whether `way` made it. Raises `CompareError` if
+        another function made it, or one with other helpers, globals or data."""
         if (name, seed) not in self.known and self.folder is not None:
             for path in sorted(self.folder.glob(f'{_stem(name, seed)}-*.safetensors')):
                 try: self.known[name, seed] = read_packed(path)
@@ -128,9 +134,11 @@ class RunStore:
         run = self.known.get((name, seed))
         if run is None or way is None: return run
         key = self.of(way)
-        if not key or not run['way']: return self._report(name, 'whether its function is the one that made the run in the folder')
+        if not key or not run['way']:
+            return self._report(name, 'whether its function is the one that made the run in the folder')
         if run['way'] != key:
-            raise CompareError(f'{name!r} in {self.folder or "this table"} was made by another function, with other helpers or globals, or with other data: use another name or folder.')
+            raise CompareError(f'{name!r} in {self.folder or "this table"} was made by another function, with other '
+                               f'helpers or globals, or with other data: use another name or folder.')
         return run
 
     def _report(self, name, what):
@@ -151,10 +159,10 @@ class RunStore:
         try: return identity(way)
         except IdentityError: return ''
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #c3861bf4
 def _stem(name, seed): return f'{re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:60]}.{digest(name)[:6]}.{seed}'
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #7736a4f6
 def correct_mask(
     run:dict,         # From `execute_run`
 ) -> np.ndarray:      # One per image
@@ -162,7 +170,7 @@ def correct_mask(
     if run['targets'].ndim == 1: return run['probs'].argmax(1) == run['targets']
     return ((run['probs'] >= .5) == run['targets']).all(1)
 
-
+# %% ../../nbs/94_experiment.runs.ipynb #2b891150
 def run_report(
     run:dict,         # From `execute_run`
     title:str='',

@@ -26,7 +26,7 @@ def smooth(
     slope = np.where(var > 1e-12, (sxy * sw - sx * sy) / np.where(var > 1e-12, var, 1), 0)
     return (sy + slope * (x * sw - sx)) / sw
 
-
+# %% ../../nbs/47_lr.curve.ipynb #8b0e7ed7
 class LRCurve:
     "The result of a learning-rate sweep. Learning rates are those of the head; losses are training losses."
     n_sigma, min_rel_drop = 4., .1
@@ -41,7 +41,8 @@ class LRCurve:
         self.usual, self.within = usual, within
         lrs, losses = np.asarray(lrs, float), np.asarray(losses, float)
         start = np.full(len(lrs), np.nan) if start is None else np.asarray(start, float)
-        if len(lrs) < 6 and np.isfinite(losses).all(): raise CurveError(f'{len(lrs)} points are too few for a curve: use num_it=20 or more.')
+        if len(lrs) < 6 and np.isfinite(losses).all():
+            raise CurveError(f'{len(lrs)} points are too few for a curve: use num_it=20 or more.')
         self.table = pd.DataFrame(dict(lr=lrs, loss=losses, start=start))
         self._prepare(lrs, losses, start)
 
@@ -53,7 +54,8 @@ class LRCurve:
             raise CurveError(f'the loss of the first batch is {losses[0]}, before any step: check the inputs '
                              '(`dls.one_batch()[0].isfinite().all()`) and the weights for NaN and infinity.')
         if end < 6:
-            raise CurveError(f'the loss is {losses[end]} after {end} steps, at a learning rate of {lrs[end]:.1e}: check the inputs '
+            raise CurveError(f'the loss is {losses[end]} after {end} steps, at a learning rate of {lrs[end]:.1e}: '
+                             f'check the inputs '
                              'for NaN, or start lower: lr_find(start_lr=1e-9).')
         self.x, y = np.log10(lrs[:end]), losses[:end]
         paired = np.isfinite(start[:end]).all()
@@ -103,14 +105,16 @@ class LRCurve:
         return begins if well is None else min(well, 10 * begins)
 
     def _climbs(self, rel_rise, first):
-        "The largest learning rate, from the point `first` on, before the loss rises above its start by the fraction `share`, or None"
+        """The largest learning rate, from the point `first` on, before the loss rises above its start by the fraction
+        `share`, or None"""
         above = self.smoothed > rel_rise / self.min_rel_drop * self._min_effect + self.n_sigma * self.noise
         above[:first] = False
         return float(10 ** self.x[max(int(above.argmax()) - 1, 0)]) if above.any() else None
 
     @cached_property
     def lr_min_center(self) -> float | None:
-        "Centre of the minimum: weighted mean of the learning rates around the lowest loss that keep half of the descent; None without a descent"
+        """Centre of the minimum: weighted mean of the learning rates around the lowest loss that keep half of the
+        descent; None without a descent"""
         return self._lr_min_center() if self.descends else None
 
     def _lr_min_center(self):
@@ -127,11 +131,13 @@ class LRCurve:
         above = self.smoothed > -.5 * self.depth
         i = int(np.flatnonzero(above[:self.i_min + 1])[-1]) if above[:self.i_min + 1].any() else 0
         a, b = self.smoothed[i], self.smoothed[i + 1]
-        return float(10 ** (self.x[i] + (self.x[i + 1] - self.x[i]) * np.clip((a + .5 * self.depth) / (a - b + 1e-12), 0, 1)))
+        return float(10 ** (self.x[i] + (self.x[i + 1] - self.x[i]) * np.clip((a + .5 * self.depth) / (a - b + 1e-12),
+            0, 1)))
 
     @property
     def lr_min(self) -> float:
-        "Minimum/10: a tenth of the centre of the minimum; without a descent a tenth of the learning rate at the rise; else nan"
+        """Minimum/10: a tenth of the centre of the minimum; without a descent a tenth of the learning rate at the
+        rise; else nan"""
         point = self.lr_min_center or self.diverges_at
         return point / 10 if point else float('nan')
 
@@ -142,22 +148,31 @@ class LRCurve:
 
     @property
     def suggested(self) -> float:
-        "The suggested learning rate: the geometric mean of `from_curve` and the usual one, at most a factor `within` from the usual one; without a descent the usual one, but at most a third of the learning rate at the rise"
+        """The suggested learning rate: the geometric mean of `from_curve` and the usual one, at most a factor `within`
+        from the usual one; without a descent the usual one, but at most a third of the learning rate at the rise"""
         if self.usual is None: return self.from_curve
-        if self.descends: return float(np.clip(np.sqrt(self.from_curve * self.usual), self.usual / self.within, self.usual * self.within))
+        if self.descends:
+            return float(np.clip(np.sqrt(self.from_curve * self.usual), self.usual / self.within,
+                                 self.usual * self.within))
         return min(self.usual, self.diverges_at / 3) if self.diverges_at else self.usual
 
     @property
     def from_curve(self) -> float:
-        "The suggestion of the curve alone: the geometric mean of the steepest point and the minimum; without a descent a tenth of the learning rate at the rise; else nan"
+        """The suggestion of the curve alone: the geometric mean of the steepest point and the minimum; without a
+        descent a tenth of the learning rate at the rise; else nan"""
         return float(np.sqrt(self.lr_half_descent * self.lr_min_center)) if self.descends else self.lr_min
 
     @property
     def verdict(self) -> str:
         "One line with the two points and the suggestion, or that there is no descent"
-        if self.descends: return f'Minimum/10: {self.lr_min:.2e}, steepest point: {self.lr_steep:.2e}, suggested: {self.suggested:.2e}'
-        where = f'the loss rises from {self.diverges_at:.2e} on' if self.diverges_at else 'the loss does not rise either'
-        if self.usual is not None: return f'No clear descent; {where}. Suggested is the learning rate that worked best in similar trainings: {self.suggested:.2e}'
+        if self.descends:
+            return (f'Minimum/10: {self.lr_min:.2e}, steepest point: {self.lr_steep:.2e}, suggested: '
+                    f'{self.suggested:.2e}')
+        where = (f'the loss rises from {self.diverges_at:.2e} on' if self.diverges_at
+            else 'the loss does not rise either')
+        if self.usual is not None:
+            return (f'No clear descent; {where}. Suggested is the learning rate that worked best in similar trainings: '
+                    f'{self.suggested:.2e}')
         if self.diverges_at: return f'No clear descent; {where}. Suggested is a tenth of that: {self.suggested:.2e}'
         return 'No clear descent, and no rise: the sweep gives no learning rate'
 
@@ -168,15 +183,18 @@ class LRCurve:
         lrs, curve = 10 ** self.x, self.start_loss + self.smoothed
         ax.plot(lrs, self.start_loss + self.delta, '.', color='C0', alpha=.3, ms=4, label='batches')
         ax.plot(lrs, curve, color='C0', label='smoothed')
-        points = [('steepest', self.lr_half_descent, 'C1'), ('minimum', self.lr_min_center, 'C2'), ('rise', None if self.descends else self.diverges_at, 'C3')]
+        points = [('steepest', self.lr_half_descent, 'C1'), ('minimum', self.lr_min_center, 'C2'),
+                  ('rise', None if self.descends else self.diverges_at, 'C3')]
         for name, lr, color in points:
             if not lr: continue
             at = np.interp(np.log10(lr), self.x, curve)
             ax.plot(lr, at, 'o', color=color, ms=7, label=f'{name} {lr:.1e}')
             if name != 'steepest':
                 ax.axvline(lr / 10, color=color, ls=':', lw=1.5, label=f'{name}/10 {lr / 10:.1e}')
-        if np.isfinite(self.suggested): ax.axvline(self.suggested, color='k', lw=1.5, label=f'suggested {self.suggested:.1e}')
+        if np.isfinite(self.suggested):
+            ax.axvline(self.suggested, color='k', lw=1.5, label=f'suggested {self.suggested:.1e}')
         ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='' if self.descends else 'no clear descent')
         ax.legend(fontsize=8, loc='lower left' if self.descends else 'upper left')
-        ax.set_ylim(top=self.start_loss + 1.1 * max(self.delta[:max(self.i_min, 5)].max(), .4 * self.start_loss, self._min_effect * 2))
+        ax.set_ylim(top=self.start_loss + 1.1 * max(self.delta[:max(self.i_min, 5)].max(), .4 * self.start_loss,
+                                                    self._min_effect * 2))
         return ax

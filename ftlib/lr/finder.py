@@ -33,7 +33,8 @@ from ..persist.transaction import preserve_learner
 
 # %% ../../nbs/48_lr.finder.ipynb #ca656a1d
 class SuggestedLRs(namedtuple('SuggestedLRs', 'lr_min lr_steep')):
-    "Result of a sweep: the minimum divided by ten, and the steepest point (nan if there is none). `suggested` is the recommended learning rate; a fit accepts the whole object."
+    """Result of a sweep: the minimum divided by ten, and the steepest point (nan if there is none). `suggested` is the
+    recommended learning rate; a fit accepts the whole object."""
     lr_curve: LRCurve
     ratios = None  # Learning rates of the groups relative to the head's in the sweep
 
@@ -43,7 +44,9 @@ class SuggestedLRs(namedtuple('SuggestedLRs', 'lr_min lr_steep')):
         found.lr_curve, found.ratios = curve, ratios
         return found
 
-    def __repr__(self): return f'{type(self).__name__}(minimum/10={self.lr_min:.2e}, steepest={self.lr_steep:.2e}, suggested={self.suggested:.2e})'
+    def __repr__(self):
+        return (f'{type(self).__name__}(minimum/10={self.lr_min:.2e}, steepest={self.lr_steep:.2e}, '
+                f'suggested={self.suggested:.2e})')
 
     @property
     def rates(self):
@@ -52,7 +55,8 @@ class SuggestedLRs(namedtuple('SuggestedLRs', 'lr_min lr_steep')):
 
     @property
     def suggested(self) -> float:
-        "The recommended learning rate for the learner's state at the sweep; nan if there is no descent, no rise and no usual learning rate"
+        """The recommended learning rate for the learner's state at the sweep; nan if there is no descent, no rise and
+        no usual learning rate"""
         return self.lr_curve.suggested
 
     @property
@@ -84,6 +88,7 @@ class SuggestedLRs(namedtuple('SuggestedLRs', 'lr_min lr_steep')):
         r, first = self.lr_curve, len(self.lr_curve.x) // 10
         return func(tensor(10 ** r.x[first:]), tensor(r.start_loss + r.smoothed[first:]), len(r.x))[0]
 
+# %% ../../nbs/48_lr.finder.ipynb #5385e8d0
 class NoSweep:
     "Replaces the curve if a fit is too short for a sweep"
     lr_min = lr_steep = float('nan')
@@ -94,8 +99,10 @@ class NoSweep:
 
     @property
     def verdict(self):
-        why = f'{self.steps} steps are too few for a curve: take 50 or more' if self.asked else f'A fit of {self.steps} steps is too short to sweep for'
-        return why + ('.' if np.isnan(self.suggested) else f'. Suggested is what served best in other trainings: {self.suggested:.2e}')
+        why = (f'{self.steps} steps are too few for a curve: take 50 or more' if self.asked
+            else f'A fit of {self.steps} steps is too short to sweep for')
+        return why + ('.' if np.isnan(self.suggested) else f'. Suggested is what served best in other trainings: '
+                      f'{self.suggested:.2e}')
 
     def plot(self, ax=None):
         "Axes with the text that there was no sweep"
@@ -105,24 +112,28 @@ class NoSweep:
         ax.text(.5, .5, self.verdict, ha='center', va='center', wrap=True)
         return ax
 
-
+# %% ../../nbs/48_lr.finder.ipynb #9418be1f
 # Adam and AdamW, weights from ImageNet: bench/lr_accuracy.py has the measurements. Other optimizers have other scales.
 HEAD_LR, WHOLE_LR = 2e-3, 2e-4
 WITHIN = 1.7  # A sweep of the whole network has few and noisy steps: it changes the suggestion by at most this factor
 
-
+# %% ../../nbs/48_lr.finder.ipynb #3012ddd3
 def usual_lr(
     learn,  # A learner whose optimizer has been created
 ) -> float|None:
-    "The head's learning rate that worked best on average over the measured datasets, for what trains now; None if nothing similar was measured."
+    """The head's learning rate that worked best on average over the measured datasets, for what trains now; None if
+    nothing similar was measured."""
     cls = torch_class(learn.opt_func)
-    if not getattr(learn, 'pretrained', False) or getattr(cls, 'func', cls) not in (torch.optim.Adam, torch.optim.AdamW): return None
+    if not getattr(learn, 'pretrained', False) or getattr(cls, 'func', cls) not in (torch.optim.Adam,
+        torch.optim.AdamW):
+        return None
     frozen = getattr(learn.model, 'frozen', 0)
     return HEAD_LR if frozen and frozen == len(learn.model.stages) else WHOLE_LR
 
 # %% ../../nbs/48_lr.finder.ipynb #56a1bd1b
 class LRSweep(Callback):
-    "Increase the learning rate at each step and record the loss, and the loss of the starting weights on the same batch."
+    """Increase the learning rate at each step and record the loss, and the loss of the starting weights on the same
+    batch."""
     order, run_valid, uses_images = 200, False, False
     hook = None  # on the last frozen stage
     name = 'lr_finder'  # by this name fastai's callbacks recognise a sweep
@@ -140,7 +151,8 @@ class LRSweep(Callback):
         if not k: self.baseline_model = copy.deepcopy(net)
         else:
             self.baseline_model = copy.deepcopy(net.tail(k))
-            if loader_of(self.learn, self.learn.dls.train) is self.learn.dls.train: self.hook = net.last_layer(k).register_forward_hook(lambda m, i, out: self._baseline_forward(out))
+            if loader_of(self.learn, self.learn.dls.train) is self.learn.dls.train:
+                self.hook = net.last_layer(k).register_forward_hook(lambda m, i, out: self._baseline_forward(out))
 
     def before_batch(self):
         rates_of(self.learn).hold(self.ratios * self.lrs[len(self.losses)])
@@ -150,13 +162,15 @@ class LRSweep(Callback):
         "Forward pass with the starting weights, with the same random numbers as the real pass"
         if not self.learn.training: return
         device = [x[0].device.index or 0] if torch.is_tensor(x[0]) and x[0].is_cuda else []
-        with torch.random.fork_rng(devices=device), torch.no_grad(): self.baseline_pred = self.baseline_model.train()(*x)
+        with torch.random.fork_rng(devices=device), torch.no_grad():
+            self.baseline_pred = self.baseline_model.train()(*x)
 
     def after_loss(self):
         with torch.no_grad(): start = self.learn.loss_func(self.baseline_pred, *self.learn.yb).mean()
         self.losses.append(float(self.learn.loss.detach().mean()))
         self.start.append(float(start))
-        if len(self.losses) == len(self.lrs) or not np.isfinite(self.losses[-1]) or self._exploded(): raise CancelFitException
+        if len(self.losses) == len(self.lrs) or not np.isfinite(self.losses[-1]) or self._exploded():
+            raise CancelFitException
 
     def _exploded(self):
         "Has the loss diverged: above four times its start in the last three steps?"
@@ -167,7 +181,7 @@ class LRSweep(Callback):
     def after_fit(self):
         if self.hook is not None: self.hook.remove()
 
-
+# %% ../../nbs/48_lr.finder.ipynb #b162529b
 def sweep(
     learn,          # A learner
     lrs,            # Learning rate of the head at each step
@@ -176,7 +190,8 @@ def sweep(
 ) -> LRCurve:      # The result
     "Train one step at each of `lrs` and restore everything."
     if not len(learn.dls.train):
-        raise CurveError(f'the training set has no batch: {learn.dls.train.n} training images, batch size {learn.dls.train.bs}; use a smaller batch size, lower bs.')
+        raise CurveError(f'the training set has no batch: {learn.dls.train.n} training images, batch size '
+                         f'{learn.dls.train.bs}; use a smaller batch size, lower bs.')
     fresh = learn.opt is None
     if fresh: learn.create_opt()
     ratios = group_lrs(1. if ratios is None else ratios, len(learn.opt.hypers))
@@ -191,14 +206,16 @@ def sweep(
     usual = usual_lr(learn)
     return LRCurve(lrs[:len(cb.losses)], cb.losses, cb.start, usual, **dict(within=WITHIN) if usual == WHOLE_LR else {})
 
-
+# %% ../../nbs/48_lr.finder.ipynb #df62fa3c
 def _affordable(learn, epochs):
-    "Number of steps that take an eighth of the time of `epochs`. A step of the sweep has a second forward pass, so it counts as 4/3"
+    """Number of steps that take an eighth of the time of `epochs`. A step of the sweep has a second forward pass, so
+    it counts as 4/3"""
     if epochs is None: return None
-    if not isinstance(epochs, (int, np.integer)) or epochs < 1: raise RateError(f'for_epochs={epochs!r}: give an integer number of epochs, 1 or more.')
+    if not isinstance(epochs, (int, np.integer)) or epochs < 1:
+        raise RateError(f'for_epochs={epochs!r}: give an integer number of epochs, 1 or more.')
     return int(.125 * .75 * epochs * len(learn.dls.train))
 
-
+# %% ../../nbs/48_lr.finder.ipynb #fc564066
 def find_lr(
     learn,                    # A learner
     start_lr:float=None,      # First learning rate
@@ -222,17 +239,20 @@ def find_lr(
         close_unseen()
     return found if suggest_funcs is None else found.by(suggest_funcs)
 
-
+# %% ../../nbs/48_lr.finder.ipynb #8b55d5a3
 def _found(learn, start_lr, end_lr, num_it, stop_div, ratios, for_epochs):
     "Run a sweep with as many steps as fit the budget"
     usual, ratios = usual_lr(learn), group_lrs(1. if ratios is None else ratios, len(learn.opt.hypers))
     short = usual == WHOLE_LR
-    lo, hi = (given if given is not None else default for given, default in zip((start_lr, end_lr), (1e-6, 1.) if short else (1e-7, 10.)))
+    lo, hi = (given if given is not None else default for given,
+              default in zip((start_lr, end_lr), (1e-6, 1.) if short else (1e-7, 10.)))
     lo, hi = check_rates([lo, hi], (lo, hi))
     if not lo < hi: raise RateError(f'start_lr must be below end_lr, got {lo:g} and {hi:g}.')
     steps, enough = num_it or (40 if short else 100), _affordable(learn, for_epochs)
     if num_it is None and enough is not None: steps = min(steps, enough) if usual else max(20, min(steps, enough))
-    if num_it is not None and (not isinstance(num_it, (int, np.integer)) or num_it < 1): raise RateError(f'num_it={num_it!r}: give a whole number of steps, 50 or more for a curve that can be read.')
-    if steps < 10: curve = NoSweep(steps if num_it is not None else for_epochs * len(learn.dls.train), usual, num_it is not None)
+    if num_it is not None and (not isinstance(num_it, (int, np.integer)) or num_it < 1):
+        raise RateError(f'num_it={num_it!r}: give a whole number of steps, 50 or more for a curve that can be read.')
+    if steps < 10:
+        curve = NoSweep(steps if num_it is not None else for_epochs * len(learn.dls.train), usual, num_it is not None)
     else: curve = sweep(learn, np.geomspace(lo, hi, steps), ratios, stop_div)
     return SuggestedLRs.read(curve, ratios / ratios[-1])

@@ -18,22 +18,24 @@ from .schedule import spread
 
 # %% ../../nbs/46_lr.optimizer.ipynb #06a73155
 def _dealt(v, n):
-    "A list of 2 or more values for more stages is dealt out evenly, the last one to the head: notebooks for fastai's networks give three"
+    """A list of 2 or more values for more stages is dealt out evenly, the last one to the head: notebooks for fastai's
+    networks give three"""
     return list(spread(v, n)) if isinstance(v, (list, tuple, L, np.ndarray)) and 1 < len(v) < n else v
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #13faa3b0
 class StageOptimizer(Optimizer):
     "fastai's optimizer over stages, which deals out a list of fewer values."
     def set_hyper(self, k, v): super().set_hyper(k, _dealt(v, len(self.param_lists)))
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #3266be03
 class StageLookahead(Lookahead):
     "fastai's `Lookahead` over stages, which deals out a list of fewer values."
     def set_hyper(self, k, v): super().set_hyper(k, _dealt(v, len(self.param_lists)))
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #f8cb547f
 class TorchOptimizer(OptimWrapper):
-    "A torch optimizer with one set of hyper-parameters per stage; the parameters in `no_decay_ids` get no weight decay."
+    """A torch optimizer with one set of hyper-parameters per stage; the parameters in `no_decay_ids` get no weight
+    decay."""
     by_stage = False  # Are the groups the stages of a network?
 
     def __init__(self,
@@ -45,7 +47,8 @@ class TorchOptimizer(OptimWrapper):
         self.stages, no_decay_ids = [list(o) for o in params], {id(p) for p in no_decay}
         groups = [g for i, stage in enumerate(self.stages) for g in self._decay_groups(i, stage, no_decay_ids)]
         super().__init__(groups, opt, **kwargs)
-        self.main_groups = [next(i for i, g in enumerate(self.opt.param_groups) if g['stage'] == s and not g['no_decay'])
+        self.main_groups = [next(i for i, g in enumerate(self.opt.param_groups) if g['stage'] == s
+        and not g['no_decay'])
                       for s in range(len(self.stages))]
 
     def _decay_groups(self, i, stage, no_decay_ids):
@@ -60,7 +63,8 @@ class TorchOptimizer(OptimWrapper):
     def hypers(self): return _Hypers(self)
 
     def _hypers_of(self, stage):
-        return _Hyper(self, stage, {self.fwd_map.get(k, k): v for k, v in _flat(self.opt.param_groups[self.main_groups[stage]])})
+        return _Hyper(self, stage, {self.fwd_map.get(k, k): v for k,
+                                    v in _flat(self.opt.param_groups[self.main_groups[stage]])})
 
     def _set_hyper(self, k, v):
         "`v` has a value for each stage, or for some by their number"
@@ -82,13 +86,14 @@ class TorchOptimizer(OptimWrapper):
         "Give momenta the memory layout of their parameters: torch's fused steps ignore strides (2.15)"
         for p, state in self.opt.state.items():
             for k, v in state.items():
-                if torch.is_tensor(v) and v.shape == p.shape and v.stride() != p.stride(): state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+                if torch.is_tensor(v) and v.shape == p.shape and v.stride() != p.stride():
+                    state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
     def load_state_dict(self, state):
         self.opt.load_state_dict(state)
         self.follow_layout()
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #30ac4be5
 class _Hyper(dict):
     "The hyper-parameters of a stage; what is written here is written to torch's optimizer"
     def __init__(self, opt, stage, values):
@@ -104,7 +109,7 @@ class _Hyper(dict):
 
     def __reduce__(self): return dict, (dict(self),)  # a copy is of numbers alone
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #fab1dde6
 class _Hypers(Sequence):
     "Hyper-parameters by stage, computed on access: a step reads them several times, mostly their number"
     def __init__(self, opt): self.opt = opt
@@ -112,7 +117,7 @@ class _Hypers(Sequence):
     def __getitem__(self, i): return [*self][i] if isinstance(i, slice) else self.opt._hypers_of(i)
     def __repr__(self): return repr([*self])
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #0c63a9e7
 def _flat(group):
     "The numbers that a torch group is set by; of a pair such as `betas`, one each"
     for k, v in group.items():
@@ -130,15 +135,16 @@ def torch_class(opt_func):  # The learner's `opt_func`
     rest = {k: v for k, v in opt_func.keywords.items() if k != 'opt'}
     return partial(opt_func.keywords['opt'], **rest)
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #d1d38b7d
 def _fused_adam(given, args=()):
     "torch's equivalent of fastai's Adam, or None if there is none for these arguments"
     given = {k: v for k, v in given.items() if k != 'lr'}  # the learner gives that
     has = dict(mom=.9, sqr_mom=.99, eps=1e-5, wd=.01, decouple_wd=True) | given
     if args or len(has) > 5 or not has['decouple_wd']: return None
-    return partial(torch.optim.AdamW, betas=(has['mom'], has['sqr_mom']), eps=has['eps'], weight_decay=has['wd'], fused=True)
+    return partial(torch.optim.AdamW, betas=(has['mom'], has['sqr_mom']), eps=has['eps'], weight_decay=has['wd'],
+                   fused=True)
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #7073cbfc
 def build_optimizer(
     opt_func,              # fastai's optimizer function, a torch optimizer class, or a partial of either
     groups,                # Lists of parameters, one per stage, the head last
@@ -159,7 +165,7 @@ def build_optimizer(
     for p in no_decay: opt.state[p]['do_wd'] = False
     return opt
 
-
+# %% ../../nbs/46_lr.optimizer.ipynb #a3cc806a
 def norm_and_bias(model):
     "Parameters that are a bias, or a vector such as the weight of a norm."
     return [p for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith('.bias')]

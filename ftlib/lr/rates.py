@@ -24,17 +24,20 @@ def current_rates(
 
 # %% ../../nbs/46b_lr.rates.ipynb #ee0a097c
 class LearningRates(Callback):
-    "The owner of the learning rates of a fit: a base rate per group times the `factors`, written to the optimizer once a step."
+    """The owner of the learning rates of a fit: a base rate per group times the `factors`, written to the optimizer
+    once a step."""
     order, run_valid, uses_images = 60.5, False, False  # right after fastai's schedules
     is_setting = False  # a checkpoint may be resumed by a learner that has none yet
 
     def __init__(self): self._begin([])
 
-    def _begin(self, rates): self.base, self.factors, self.written, self.held, self.foreign = rates, {}, rates, False, False
+    def _begin(self, rates):
+        self.base, self.factors, self.written, self.held, self.foreign = rates, {}, rates, False, False
 
     def before_fit(self):
         self._begin(current_rates(self.learn.opt) if self.learn.opt is not None else [])
-        self.foreign = any(isinstance(cb, ParamScheduler) and not isinstance(cb, Schedule) and 'lr' in cb.scheds for cb in self.learn.cbs)
+        self.foreign = any(isinstance(cb, ParamScheduler) and not isinstance(cb, Schedule) and 'lr' in cb.scheds
+                           for cb in self.learn.cbs)
 
     def before_batch(self):
         if not self.foreign: self._take_over()
@@ -98,7 +101,7 @@ class LearningRates(Callback):
         yield
         self.write()
 
-
+# %% ../../nbs/46b_lr.rates.ipynb #295f4e17
 def rates_of(learn) -> LearningRates:
     "The `LearningRates` of a learner; a learner without default callbacks gets one."
     mine = next((cb for cb in learn.cbs if isinstance(cb, LearningRates)), None)

@@ -22,7 +22,7 @@ def spread(factors, n):
         raise RateError(f"{len(factors)} factors for {n} parameter groups: give at most {n}, the head's last.")
     return np.array([body[i * len(body) // (n - 1)] for i in range(n - 1)] + [head], dtype=float)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #dcfdbcd2
 def group_lrs(
     lr,            # A number, `slice(hi)`, `slice(lo, hi)`, one learning rate per group, or the result of `lr_find`
     n:int,         # Number of parameter groups, the head last
@@ -34,31 +34,37 @@ def group_lrs(
     if isinstance(lr, slice):
         if lr.stop is None: raise RateError(f"{lr} has no upper learning rate: give slice(1e-3) or slice(1e-5, 1e-3).")
         check_rates([o for o in (lr.start, lr.stop) if o is not None], lr)
-        lrs = np.geomspace(lr.start, lr.stop, n) if lr.start and n > 1 else np.array([lr.stop / 10] * (n - 1) + [lr.stop])
+        lrs = np.geomspace(lr.start, lr.stop, n) if lr.start and n > 1 else np.array([lr.stop / 10] * (n - 1)
+            + [lr.stop])
     elif np.ndim(lr) == 0: lrs = np.full(n, check_rates([lr], lr)[0])
     else:
         lrs = check_rates(lr, lr)
         if len(lrs) == 1: lrs = np.full(n, lrs[0])
         if deal and len(lrs) < n: lrs = spread(lrs, n)
         if len(lrs) != n:
-            raise RateError(f"{len(lrs)} learning rates for {n} parameter groups; `learn.groups_table()` lists the groups.")
+            raise RateError(f"{len(lrs)} learning rates for {n} parameter groups; `learn.groups_table()` lists the "
+                            f"groups.")
     return lrs if factors is None else lrs * spread(check_rates(factors, factors), n)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #13cbbfb4
 def _suggested(found):
     "The learning rates that `lr_find` suggests"
-    if not np.isfinite(found.suggested): raise RateError("lr_find found neither a descent nor a rise, so it suggests no learning rate: give one, such as 1e-3.")
+    if not np.isfinite(found.suggested):
+        raise RateError("lr_find found neither a descent nor a rise, so it suggests no learning rate: give one, such "
+                        "as 1e-3.")
     return found.rates.tolist()
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #e222f692
 def check_rates(rates, given) -> np.ndarray:
     "`rates` as an array of finite numbers above zero. Raises `RateError`, which shows `given`, otherwise."
-    if any(isinstance(o, (bool, np.bool_, str)) for o in rates): raise RateError(f"a learning rate is a number, a slice or a list of numbers, not {given!r}.")
+    if any(isinstance(o, (bool, np.bool_, str)) for o in rates):
+        raise RateError(f"a learning rate is a number, a slice or a list of numbers, not {given!r}.")
     try: rates = np.array([float(o) for o in rates])
     except (TypeError, ValueError) as e:
         raise RateError(f"a learning rate is a number, a slice or a list of numbers, not {given!r}.") from e
     if not len(rates) or not np.isfinite(rates).all() or (rates <= 0).any():
-        raise RateError(f"learning rates must be finite and above zero, got {given!r}; `learn.lr_find()` suggests some.")
+        raise RateError(f"learning rates must be finite and above zero, got {given!r}; `learn.lr_find()` suggests "
+                        f"some.")
     return rates
 
 # %% ../../nbs/45_lr.schedule.ipynb #97e58291
@@ -67,7 +73,7 @@ class Constant:
     "A constant learning rate."
     def __call__(self, epoch, n_epoch): return 1.
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #b1ceabfb
 @dataclass
 class Step:
     "Multiply the learning rate by `gamma` every `every` epochs."
@@ -75,28 +81,29 @@ class Step:
     gamma: float = .1
     def __call__(self, epoch, n_epoch): return self.gamma ** (_whole(epoch) // self.every)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #eebdf479
 @dataclass
 class Exponential:
     "Multiply the learning rate by `gamma` after each epoch."
     gamma: float = .95
     def __call__(self, epoch, n_epoch): return self.gamma ** _whole(epoch)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #29c7e8ae
 @dataclass
 class Cosine:
-    "Cosine annealing of the learning rate to the fraction `end` of it (SGDR without restarts, Loshchilov & Hutter 2017)."
+    """Cosine annealing of the learning rate to the fraction `end` of it (SGDR without restarts, Loshchilov & Hutter
+    2017)."""
     end: float = 0.
     def __call__(self, epoch, n_epoch): return _cos(1., self.end, epoch / n_epoch)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #1d44566c
 @dataclass
 class Linear:
     "Linear decay of the learning rate to the fraction `end` of it."
     end: float = 0.
     def __call__(self, epoch, n_epoch): return 1. + (self.end - 1.) * epoch / n_epoch
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #5d0adbfd
 @dataclass
 class Warmup:
     "Linear warmup from the fraction `start` of the learning rate over `epochs`, then the schedule `then`."
@@ -107,21 +114,23 @@ class Warmup:
         if epoch < self.epochs: return self.start + (1. - self.start) * epoch / self.epochs
         return as_schedule(self.then)(epoch - self.epochs, max(n_epoch - self.epochs, 1e-8))
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #d88c41fa
 @dataclass
 class OneCycle:
-    "One-cycle policy: cosine from lr/`div` up during `pct_start` of the fit, then cosine down to lr/`div_final` (Smith & Topin 2018)."
+    """One-cycle policy: cosine from lr/`div` up during `pct_start` of the fit, then cosine down to lr/`div_final`
+    (Smith & Topin 2018)."""
     pct_start: float = .25
     div: float = 25.
     div_final: float = 1e5
     def __post_init__(self):
         for k in ('div', 'div_final'):
-            if isinstance(v := getattr(self, k), bool) or not isinstance(v, (int, float, np.number)) or not v > 0: raise RateError(f'{k}={v!r} divides the learning rate, so it must be above 0.')
+            if isinstance(v := getattr(self, k), bool) or not isinstance(v, (int, float, np.number)) or not v > 0:
+                raise RateError(f'{k}={v!r} divides the learning rate, so it must be above 0.')
 
     def __call__(self, epoch, n_epoch):
         return _two_cos(epoch / n_epoch, self.pct_start, 1. / self.div, 1., 1. / self.div_final)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #485c22df
 @dataclass
 class FlatCosine:
     "Constant for `pct_start` of the fit, then cosine down to lr/`div_final`."
@@ -130,30 +139,33 @@ class FlatCosine:
     def __call__(self, epoch, n_epoch):
         return _two_cos(epoch / n_epoch, self.pct_start, 1., 1., 1. / self.div_final)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #3f80a820
 @dataclass
 class Momentum:
     "Momentum of the one-cycle policy: high, low at the peak learning rate, high. Returns values, not factors."
     pct_start: float = .25
     moms: tuple = (.95, .85, .95)
     def __post_init__(self):
-        if not isinstance(self.moms, (tuple, list)) or len(self.moms) != 3 or not all(isinstance(m, (int, float)) and 0 <= m < 1 for m in self.moms):
-            raise RateError(f'moms={self.moms!r}: give three momenta from 0 to below 1, at the start, the peak and the end, as (.95, .85, .95).')
+        if not isinstance(self.moms, (tuple, list)) or len(self.moms) != 3 or not all(isinstance(m, (int, float))
+            and 0 <= m < 1 for m in self.moms):
+            raise RateError(f'moms={self.moms!r}: give three momenta from 0 to below 1, at the start, the peak and the '
+                            f'end, as (.95, .85, .95).')
 
     def __call__(self, epoch, n_epoch): return _two_cos(epoch / n_epoch, self.pct_start, *self.moms)
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #40d8c226
 # The epoch is a sum over batches: rounding must not make it less than an integer.
 def _whole(epoch): return math.floor(epoch + 1e-6)
 def _cos(start, end, pos): return end + (start - end) * (1 + math.cos(math.pi * min(pos, 1.))) / 2
 def _two_cos(pos, pct, start, middle, end):
-    return _cos(start, middle, pos / pct) if pos < pct else _cos(middle, end, (pos - pct) / (1 - pct) if pct < 1 else 1.)
+    return _cos(start, middle, pos / pct) if pos < pct else _cos(middle, end,
+        (pos - pct) / (1 - pct) if pct < 1 else 1.)
 
 # %% ../../nbs/45_lr.schedule.ipynb #80c6dfaf
 schedules = {'constant': Constant, 'step': Step, 'exponential': Exponential, 'cosine': Cosine, 'linear': Linear,
              'warmup': Warmup, 'one_cycle': OneCycle, 'flat_cosine': FlatCosine}
 
-
+# %% ../../nbs/45_lr.schedule.ipynb #a8ed7725
 def as_schedule(schedule):  # A name, a schedule object, or any `f(epoch, n_epoch) -> factor`
     "The schedule for a name or an object."
     if schedule is None: return Constant()

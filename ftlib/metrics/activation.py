@@ -25,14 +25,17 @@ def _softmax(x): return torch.softmax(x, 1)
 def _argmax(p): return p.argmax(1)
 def _above_half(p): return p > .5
 
-
-_SOFTMAX, _LOG, _SIGMOID, _EACH = (_softmax, _argmax), (torch.exp, _argmax), (torch.sigmoid, _above_half), (noops, _above_half)
-_TORCH = {'cross_entropy': _SOFTMAX, 'nll_loss': _LOG, 'binary_cross_entropy_with_logits': _SIGMOID, 'binary_cross_entropy': _EACH,
+# %% ../../nbs/35_metrics.activation.ipynb #b9ba002b
+_SOFTMAX, _LOG, _SIGMOID, _EACH = (_softmax, _argmax), (torch.exp, _argmax), (torch.sigmoid, _above_half), (noops,
+    _above_half)
+_TORCH = {'cross_entropy': _SOFTMAX, 'nll_loss': _LOG, 'binary_cross_entropy_with_logits': _SIGMOID,
+'binary_cross_entropy': _EACH,
           'multilabel_soft_margin_loss': _SIGMOID}
 _FUNCTIONS = {getattr(F, name): known for name, known in _TORCH.items()}
-_MODULES = {nn.CrossEntropyLoss: _SOFTMAX, nn.NLLLoss: _LOG, nn.BCEWithLogitsLoss: _SIGMOID, nn.BCELoss: _EACH, nn.MultiLabelSoftMarginLoss: _SIGMOID}
+_MODULES = {nn.CrossEntropyLoss: _SOFTMAX, nn.NLLLoss: _LOG, nn.BCEWithLogitsLoss: _SIGMOID, nn.BCELoss: _EACH,
+            nn.MultiLabelSoftMarginLoss: _SIGMOID}
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #8587a2a5
 def _plain(loss):
     "Unwrap a loss: a `partial`, fastai's flattening without methods of its own, MixUp"
     while True:
@@ -41,20 +44,23 @@ def _plain(loss):
         elif isinstance(getattr(loss, '__self__', None), MixHandler): loss = loss.__self__.old_lf
         else: return loss
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #42673ea6
 def _known(loss):
     "Activation and decoding of torch's losses; (None, None) for others"
-    if not isinstance(loss, nn.Module): return _FUNCTIONS.get(loss, (None, None)) if inspect.isfunction(loss) or inspect.isbuiltin(loss) else (None, None)
+    if not isinstance(loss, nn.Module):
+        return _FUNCTIONS.get(loss, (None, None)) if inspect.isfunction(loss) or inspect.isbuiltin(loss) else (None,
+            None)
     return next((known for cls, known in _MODULES.items() if isinstance(loss, cls)), (None, None))
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #c95e24c8
 @torch.no_grad()
 def is_of_softmax(
     loss,        # A function of scores (images × classes) and class numbers
     n:int,       # Classes
     device='cpu',
 ) -> bool:
-    "Does the loss use softmax: is it invariant to a constant, and does it fall when the true class's score rises? Tested on a copy; False if it cannot be called."
+    """Does the loss use softmax: is it invariant to a constant, and does it fall when the true class's score rises?
+    Tested on a copy; False if it cannot be called."""
     if n < 2: return False
     rows, g = 3 if n == 2 else 2, torch.Generator().manual_seed(0)
     scores, targets = torch.randn(rows, n, generator=g), torch.arange(rows) % n
@@ -62,11 +68,12 @@ def is_of_softmax(
     with torch.random.fork_rng(devices=[]):
         try:
             loss, targets = copy.deepcopy(loss), targets.to(device)
-            a, b, c = (torch.as_tensor(loss(o.to(device), targets)).float().mean() for o in (scores, scores + shifts, scores + raised))
+            a, b, c = (torch.as_tensor(loss(o.to(device), targets)).float().mean()
+                       for o in (scores, scores + shifts, scores + raised))
         except Exception: return False  # made for other outputs or targets
     return bool(torch.isclose(a, b, rtol=1e-4, atol=1e-6) and c < a - 1e-4 * abs(a))
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #4246da0e
 def activation_of(
     loss,          # A loss function, module or fastai loss
     n:int,         # Outputs of the network
@@ -91,14 +98,15 @@ def probabilities(
     activation = activation_of(loss, out.shape[1], device or out.device)[0]
     return out if activation is None else activation(out)
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #f2e9c034
 def are_probabilities(
     p,  # Images × classes
 ) -> bool:
     "Is no number below 0, and does each row add up to 1?"
-    return isinstance(p, torch.Tensor) and p.ndim == 2 and bool((p >= 0).all() and torch.isclose(p.float().sum(1), torch.ones(len(p), device=p.device), atol=1e-2).all())
+    return isinstance(p, torch.Tensor) and p.ndim == 2 and bool((p >= 0).all()
+        and torch.isclose(p.float().sum(1), torch.ones(len(p), device=p.device), atol=1e-2).all())
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #11493f1a
 def classes_of(
     loss,              # As for `activation_of`
     p,                 # By `probabilities`
@@ -114,19 +122,21 @@ def classes_of(
     if vocab is not None: raise TrainError(_UNKNOWN.format(_name(loss)))
     return p
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #16cffba7
 def check_probabilities(
     loss,  # As for `activation_of`
     p,     # By `probabilities`
 ):
     "Raise `TrainError` if `p` are outputs without a known activation."
-    if activation_of(loss, p.shape[1], p.device)[0] is None and not are_probabilities(p): raise TrainError(_UNKNOWN.format(_name(loss)))
+    if activation_of(loss, p.shape[1], p.device)[0] is None and not are_probabilities(p):
+        raise TrainError(_UNKNOWN.format(_name(loss)))
 
-
-_UNKNOWN = ('{} does not define how outputs of the network become probabilities and classes. Set its attributes, as `loss.activation = lambda x: x.softmax(1)` '
+# %% ../../nbs/35_metrics.activation.ipynb #2431f0df
+_UNKNOWN = ('{} does not define how outputs of the network become probabilities and classes. Set its attributes, as '
+            '`loss.activation = lambda x: x.softmax(1)` '
             'and `loss.decodes = lambda p: p.argmax(1)`; learn.get_preds() returns the outputs unchanged.')
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #37fd3eb0
 def _name(loss):
     plain = _plain(loss)
     return f'the loss {getattr(plain, "__name__", type(plain).__name__)}'
@@ -137,17 +147,19 @@ def reduces(loss) -> bool:
     if hasattr(loss, 'reduction'): return True
     try: given = inspect.signature(loss).parameters
     except (TypeError, ValueError): return True  # one of torch's own functions
-    return 'reduction' in given or any(p.kind is p.VAR_KEYWORD for p in given.values()) and not isinstance(loss, nn.Module)
+    return 'reduction' in given or any(p.kind is p.VAR_KEYWORD for p in given.values()) and not isinstance(loss,
+        nn.Module)
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #e4cef1a5
 class LossOfEach:
     "Per-image losses from a loss that returns one number for a batch"
     def __init__(self, loss): self.loss = loss
     def __getattr__(self, name): return getattr(self.__dict__['loss'], name)
     def __call__(self, pred, *targets):
-        return torch.stack([torch.as_tensor(self.loss(pred[i:i + 1], *(t[i:i + 1] for t in targets))).mean() for i in range(len(pred))])
+        return torch.stack([torch.as_tensor(self.loss(pred[i:i + 1], *(t[i:i + 1] for t in targets))).mean()
+                            for i in range(len(pred))])
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #6abd1a4f
 def check_mixing(
     learn,  # A learner
     cbs,    # Callbacks of a fit
@@ -158,8 +170,10 @@ def check_mixing(
     data = learn.dls.train.dataset
     target = data.tls[-1][0] if hasattr(data, 'tls') else data[0][-1]
     if torch.as_tensor(target).is_floating_point(): return  # can be mixed itself
-    raise TrainError(f'{type(mix).__name__} needs the loss of each image for two labels, which {_name(loss)} does not support. Use '
-                     '`CrossEntropyLossFlat()` or `FocalLossFlat()`, or give your loss `y_int = True` and an attribute `reduction` that it follows ("none" is one loss for each image).')
+    raise TrainError(f'{type(mix).__name__} needs the loss of each image for two labels, which {_name(loss)} does not '
+                     f'support. Use '
+                     '`CrossEntropyLossFlat()` or `FocalLossFlat()`, or give your loss `y_int = True` and an attribute '
+                     '`reduction` that it follows ("none" is one loss for each image).')
 
 # %% ../../nbs/35_metrics.activation.ipynb #5e1ff3f7
 class CrossEntropy(CrossEntropyLossFlat):
@@ -168,15 +182,17 @@ class CrossEntropy(CrossEntropyLossFlat):
     def _contiguous(self, x):
         if torch.is_tensor(x): return x.as_subclass(torch.Tensor).transpose(self.axis, -1).contiguous()
         has = f', with {", ".join(map(repr, x))}' if isinstance(x, dict) else ''
-        raise TrainError(f'the network gives a {type(x).__name__}{has}, and cross-entropy needs one tensor of scores: give a module whose forward returns it, or a loss that takes what the network gives.')
+        raise TrainError(f'the network gives a {type(x).__name__}{has}, and cross-entropy needs one tensor of scores: '
+                         f'give a module whose forward returns it, or a loss that takes what the network gives.')
 
-
+# %% ../../nbs/35_metrics.activation.ipynb #cedb6a05
 def as_cross_entropy(
     loss,  # Any loss
 ):         # The same if it is no cross-entropy
     "Convert torch's or fastai's cross-entropy to a `CrossEntropy`, which has an activation and works with MixUp"
     if type(loss) is nn.CrossEntropyLoss:
-        plain = CrossEntropy(weight=loss.weight, ignore_index=loss.ignore_index, reduction=loss.reduction, label_smoothing=loss.label_smoothing)
+        plain = CrossEntropy(weight=loss.weight, ignore_index=loss.ignore_index, reduction=loss.reduction,
+                             label_smoothing=loss.label_smoothing)
         plain.of_torch = True
         return plain
     if type(loss) is not CrossEntropyLossFlat: return loss

@@ -20,17 +20,19 @@ from ..errors import MetricError, did_you_mean
 
 # %% ../../nbs/36_metrics.metric.ipynb #97b388cc
 class MeanMetric(AvgMetric):
-    "Mean over images of a function of predictions and targets; accumulated on their device, and read at the end of the epoch"
+    """Mean over images of a function of predictions and targets; accumulated on their device, and read at the end of
+    the epoch"""
     def accumulate(self, learn):
         bs = find_bs(learn.yb)
-        self.total, self.count = self.total + to_detach(self.func(learn.pred, *learn.yb), cpu=False) * bs, self.count + bs
+        self.total, self.count = self.total + to_detach(self.func(learn.pred, *learn.yb),
+                                                        cpu=False) * bs, self.count + bs
 
     @property
     def name(self):
         func = getattr(self.func, 'func', self.func)
         return getattr(func, '__name__', type(func).__name__)
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #ed7ff7a0
 class NamedMetric(MeanMetric):
     "Mean over images of a `partial`, with its arguments in the name where its function's name is not `alone`"
     alone = False
@@ -40,9 +42,10 @@ class NamedMetric(MeanMetric):
         given = [*map(repr, self.func.args), *(f'{k}={v!r}' for k, v in self.func.keywords.items())]
         return f'{self.func.func.__name__}({", ".join(given)})'
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #0480c9c3
 class WholeMetric(Metric):
-    "A metric with `update`, `compute` and `reset`, as in torchmetrics: computed over all batches of a pass, not a mean over batches"
+    """A metric with `update`, `compute` and `reset`, as in torchmetrics: computed over all batches of a pass, not a
+    mean over batches"""
     def __init__(self, func): self.func, self.higher_is_better = func, getattr(func, 'higher_is_better', None)
     def reset(self): self.func.reset()
 
@@ -54,15 +57,18 @@ class WholeMetric(Metric):
     @property
     def value(self):
         found = torch.as_tensor(self.func.compute())
-        if found.numel() != 1: raise MetricError(f"{self.name} gives {found.numel()} numbers, and a column of the history takes one: ask for their mean, as by average='macro'.")
+        if found.numel() != 1:
+            raise MetricError(f"{self.name} gives {found.numel()} numbers, and a column of the history takes one: ask "
+                              f"for their mean, as by average='macro'.")
         return found.item()
 
     @property
     def name(self): return type(self.func).__name__
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #b635dcc1
 class SklearnMetric(Metric):
-    "A function of `sklearn.metrics`, of the targets and predictions of a whole pass: of classes, or of probabilities where scikit-learn says that it takes these"
+    """A function of `sklearn.metrics`, of the targets and predictions of a whole pass: of classes, or of probabilities
+    where scikit-learn says that it takes these"""
     def __init__(self, func): self.func = func
     def reset(self): self.preds, self.targets = [], []
 
@@ -78,12 +84,13 @@ class SklearnMetric(Metric):
         self.targets.append(y)
 
     @property
-    def value(self): return float(self.func(torch.cat(self.targets).numpy(), torch.cat(self.preds).numpy())) if self.preds else None
+    def value(self):
+        return float(self.func(torch.cat(self.targets).numpy(), torch.cat(self.preds).numpy())) if self.preds else None
 
     @property
     def name(self): return NamedMetric.name.fget(self) if isinstance(self.func, partial) else self.func.__name__
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #4ffbb76c
 @cache
 def _scorers():
     "scikit-learn's scorers, by the function that they call"
@@ -95,40 +102,53 @@ def _takes_probabilities(func):
     scorer = _scorers().get(func.func if isinstance(func, partial) else func)
     return scorer is not None and 'predict_proba' in str(scorer._response_method)
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #65e978b8
 # Columns of the history, which a metric can't be called
-_TAKEN = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds', 'fill_bytes', 'time')
+_TAKEN = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds',
+          'fill_bytes', 'time')
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #ef6ddd4a
 def _by_name(name):
     "The metric of fastai's, or `top3` or so, that is called so. Raises `MetricError`."
     import fastai.metrics as fm
     if name.startswith('top') and name[3:].isdecimal(): return top_k(int(name[3:]))
-    known = [n for n in fm.__all__ if n in vars(fm) and (isinstance(vars(fm)[n], type) or getattr(vars(fm)[n], '__module__', '') == fm.__name__)]
+    known = [n for n in fm.__all__ if n in vars(fm) and (isinstance(vars(fm)[n], type)
+                                                         or getattr(vars(fm)[n], '__module__', '') == fm.__name__)]
     if name in known: return vars(fm)[name]
-    raise MetricError(f"there is no metric {name!r}: give a function of predictions and targets, as `accuracy`, or a fastai metric.{did_you_mean(name, known)}")
+    raise MetricError(f"there is no metric {name!r}: give a function of predictions and targets, as `accuracy`, or a "
+                      f"fastai metric.{did_you_mean(name, known)}")
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #306fd524
 def as_metric(
-    m,  # A function of predictions and targets, a `partial` of one, a fastai `Metric`, one of torchmetrics, or a function of `sklearn.metrics`; or the name of one of fastai's
+    # A function of predictions and targets, a `partial` of one, a fastai `Metric`, one of torchmetrics, or a function
+    # of `sklearn.metrics`; or the name of one of fastai's
+    m,
 ) -> Metric:
-    "What fastai's `Learner` makes of `m`, but a `partial` keeps its arguments in its name, and what is no mean over batches is computed over all of them. Raises `MetricError`."
+    """What fastai's `Learner` makes of `m`, but a `partial` keeps its arguments in its name, and what is no mean over
+    batches is computed over all of them. Raises `MetricError`."""
     m = _kind(m)
     try: name = m.name
     except AttributeError: return m  # a metric of several columns, as `LossMetrics`
-    if name in _TAKEN: raise MetricError(f'a metric can not be called {name!r}: that is a column of the history. Rename its function, or set `__name__`.')
+    if name in _TAKEN:
+        raise MetricError(f'a metric can not be called {name!r}: that is a column of the history. Rename its function, '
+                          f'or set `__name__`.')
     return m
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #c4845777
 def _kind(m):
     if isinstance(m, str): m = _by_name(m)
     if isinstance(m, type): m = m()
     if isinstance(m, Metric): return MeanMetric(m.func) if type(m) is AvgMetric else m
-    if not callable(m): raise MetricError(f'{m!r} is no metric: give a function of predictions and targets, as `accuracy`, or a fastai metric.')
+    if not callable(m):
+        raise MetricError(f'{m!r} is no metric: give a function of predictions and targets, as `accuracy`, or a fastai '
+                          f'metric.')
     if all(hasattr(m, k) for k in ('update', 'compute', 'reset')):
-        if hasattr(m, 'items'): raise MetricError('a collection of metrics has a column for each: give them one by one, as metrics=[*collection.values()].')
+        if hasattr(m, 'items'):
+            raise MetricError('a collection of metrics has a column for each: give them one by one, as '
+                              'metrics=[*collection.values()].')
         return WholeMetric(m)
-    if getattr(m.func if isinstance(m, partial) else m, '__module__', '').startswith('sklearn.metrics'): return SklearnMetric(m)
+    if getattr(m.func if isinstance(m, partial) else m, '__module__', '').startswith('sklearn.metrics'):
+        return SklearnMetric(m)
     return NamedMetric(m) if isinstance(m, partial) and hasattr(m.func, '__name__') else MeanMetric(m)
 
 # %% ../../nbs/36_metrics.metric.ipynb #28bc69b8
@@ -142,7 +162,7 @@ def name_apart(
     for m in partials: m.alone = names.count(m.func.func.__name__) == 1
     return metrics
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #fe1642a0
 class TopK(MeanMetric):
     "Top-k accuracy: share of images whose class is among the `k` with the highest scores"
     higher_is_better = True
@@ -156,12 +176,14 @@ class TopK(MeanMetric):
     @property
     def name(self): return f'top{self.k}'
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #59cf20d0
 def top_k(
     k:int=3,  # Number of classes
 ) -> Metric:
-    "Top-k accuracy as a metric named `top3` (for k=3): the share of images whose class is among the `k` with the highest scores."
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1: raise ValueError(f'top_k({k!r}): give an integer number of classes, 1 or more.')
+    """Top-k accuracy as a metric named `top3` (for k=3): the share of images whose class is among the `k` with the
+    highest scores."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f'top_k({k!r}): give an integer number of classes, 1 or more.')
     return TopK(k)
 
 # %% ../../nbs/36_metrics.metric.ipynb #2250f5a0
@@ -171,14 +193,17 @@ def _declared():
     import fastai.metrics as fm
     import sklearn.metrics as sk
     found = {func: scorer._sign > 0 for func, scorer in _scorers().items()}
-    found |= dict.fromkeys([sk.cohen_kappa_score, sk.fbeta_score, fm.accuracy, fm.top_k_accuracy, fm.accuracy_multi, fm.foreground_acc, fm.Dice, fm.DiceMulti,
+    found |= dict.fromkeys([sk.cohen_kappa_score, sk.fbeta_score, fm.accuracy, fm.top_k_accuracy, fm.accuracy_multi,
+    fm.foreground_acc, fm.Dice, fm.DiceMulti,
                             fm.JaccardCoeff, fm.JaccardCoeffMulti, fm.CorpusBLEUMetric], True)
-    found |= dict.fromkeys([sk.hamming_loss, sk.zero_one_loss, sk.hinge_loss, fm.error_rate, fm.mse, fm.mae, fm.msle, fm.rmse.func, fm.exp_rmspe.func,
+    found |= dict.fromkeys([sk.hamming_loss, sk.zero_one_loss, sk.hinge_loss, fm.error_rate, fm.mse, fm.mae, fm.msle,
+    fm.rmse.func, fm.exp_rmspe.func,
                             fm.Perplexity, fm.LossMetric], False)
     # a new function at each call, but with the same qualified name
-    return found | {f'{f.__name__}.<locals>.{inner}': True for f, inner in ((fm.PearsonCorrCoef, 'pearsonr'), (fm.SpearmanCorrCoef, 'spearmanr'))}
+    return found | {f'{f.__name__}.<locals>.{inner}': True for f,
+                    inner in ((fm.PearsonCorrCoef, 'pearsonr'), (fm.SpearmanCorrCoef, 'spearmanr'))}
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #e1152dbc
 def higher_is_better(
     metric,  # A metric or a function, as given to a learner
 ) -> bool|None:  # None if it is not declared
@@ -196,7 +221,7 @@ def checked_mode(mode):
     if mode in (None, 'min', 'max'): return mode
     raise MetricError(f"mode={mode!r}: give 'min', 'max', or None if the metric declares its direction.")
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #734b543a
 def check_validated(
     learn,         # A learner whose fit begins
     monitor:str,   # A column of its history
@@ -205,9 +230,10 @@ def check_validated(
     "Raises `MetricError` where only validation would give the column, and there are no validation images."
     loaders = learn.dls.loaders
     if monitor == 'train_loss' or len(loaders) > 1 and len(loaders[1]): return
-    raise MetricError(f"{who} follows {monitor!r}, and there are no validation images to measure it on: build the data with valid=.2, or follow monitor='train_loss'.")
+    raise MetricError(f"{who} follows {monitor!r}, and there are no validation images to measure it on: build the data "
+                      f"with valid=.2, or follow monitor='train_loss'.")
 
-
+# %% ../../nbs/36_metrics.metric.ipynb #4611c16d
 def lower_is_better(
     learn,              # A learner
     monitor:str,        # A column of its history: a loss or a metric
@@ -215,7 +241,9 @@ def lower_is_better(
     guess:bool=False,   # Where nothing declares it: as fastai, lower for names with 'loss' or 'error', with a warning
 ) -> bool:
     "Is a lower value of `monitor` better? Raises `MetricError`."
-    told = getattr(learn.recorder, 'metric_names', ['epoch', 'train_loss', 'valid_loss', *(m.name for m in learn.metrics)])  # known after the first fit
+    # known after the first fit
+    told = getattr(learn.recorder, 'metric_names', ['epoch', 'train_loss', 'valid_loss',
+                                                    *(m.name for m in learn.metrics)])
     names = [n for n in told[1:] if n != 'time']
     if monitor not in names:
         raise MetricError(f'unknown metric {monitor!r}. Use one of {", ".join(names)}.{did_you_mean(monitor, names)}')
@@ -224,7 +252,9 @@ def lower_is_better(
     higher = next((higher_is_better(m) for m in learn.metrics if m.name == monitor), None)
     if higher is None and guess:
         higher = not ('loss' in monitor or 'error' in monitor)
-        warnings.warn(f"{monitor!r} does not declare its direction, so {'higher' if higher else 'lower'} is taken to be, by its name as in fastai: give mode='min' or 'max'.")
+        warnings.warn(f"{monitor!r} does not declare its direction, so {'higher' if higher else 'lower'} is taken to "
+                      f"be, by its name as in fastai: give mode='min' or 'max'.")
     if higher is None:
-        raise MetricError(f"{monitor!r} does not declare its direction: give mode='min' or mode='max', or set `higher_is_better` on the metric.")
+        raise MetricError(f"{monitor!r} does not declare its direction: give mode='min' or mode='max', or set "
+                          f"`higher_is_better` on the metric.")
     return not higher

@@ -26,30 +26,36 @@ def torchvision_names():
     "torchvision's classifiers."
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
+# %% ../../nbs/24_models.arch.ipynb #ecab38d9
 @lru_cache
 def timm_names():
     "timm's classifiers, without the tags of their weights."
     import timm
     return tuple(timm.list_models())
 
+# %% ../../nbs/24_models.arch.ipynb #1eef8293
 def timm_renamed(name):
     "The name that timm gives today to one of its earlier names; other names as they are."
     import timm
     return timm.models.get_deprecated_models().get(name) or name
 
+# %% ../../nbs/24_models.arch.ipynb #deafd87e
 @lru_cache
 def timm_tags(name):
     "Tags of the weights that timm has for an architecture."
     import timm
     return [n.split('.', 1)[1] for n in timm.list_models(f"{name.split('.')[0]}.*", pretrained=True)]
 
+# %% ../../nbs/24_models.arch.ipynb #c21442ad
 def _no_such(name):
     names = [*torchvision_names(), *timm_names()]
-    return ArchError(f'no model {name!r}.{did_you_mean(name.split(".")[0], names, 3)} `backbones()` lists the {len(names)} names of torchvision and timm.')
+    return ArchError(f'no model {name!r}.{did_you_mean(name.split(".")[0], names, 3)} `backbones()` lists the '
+                     f'{len(names)} names of torchvision and timm.')
 
 # %% ../../nbs/24_models.arch.ipynb #718f299c
 IMAGENET_MEAN,IMAGENET_STD = (.485, .456, .406),(.229, .224, .225)
 
+# %% ../../nbs/24_models.arch.ipynb #714e969a
 @dataclass
 class Arch:
     "A classifier's name, its source, and the normalization and size of its input."
@@ -75,7 +81,8 @@ class Arch:
         return any(p.name == 'pretrained' or p.kind is p.VAR_KEYWORD for p in given)
 
     def build(self, n_in=3, pretrained=None, **kwargs):
-        """Build the network without its classifier, for images of `n_in` channels. `pretrained`: the torchvision weights that will
+        """Build the network without its classifier, for images of `n_in` channels. `pretrained`: the torchvision
+        weights that will
         be loaded into it, or True for timm's own. Sets mean, std and size. More arguments are passed to the builder."""
         build = {'torchvision': self._torchvision, 'timm': self._timm}.get(self.source, self._given)
         try: net = build(n_in, pretrained, **kwargs).eval()
@@ -113,7 +120,8 @@ class Arch:
         return net
 
     def _given(self, n_in, pretrained, **kwargs):
-        if self.source == 'module' and kwargs: raise ArchError(f'{kwargs}: a module takes no arguments for its builder; leave them out')
+        if self.source == 'module' and kwargs:
+            raise ArchError(f'{kwargs}: a module takes no arguments for its builder; leave them out')
         if self.takes_pretrained and 'pretrained' not in kwargs: kwargs['pretrained'] = bool(pretrained)
         net = copy.deepcopy(self.make) if self.source == 'module' else self.make(**kwargs)
         if not isinstance(net, nn.Module):
@@ -128,24 +136,29 @@ class Arch:
         if not layers:
             raise ArchError(f'{type(net).__name__} has no linear or convolution layer as its classifier')
         last = layers[-1] if self.source == 'torchvision' else executed_last(net, layers[-1])
-        if last != layers[-1]: print(f'{self.name}: the classifier is {last!r}, which is executed last.' if last else f'{self.name} has no classifier at its end, so all of its layers are kept.')
+        if last != layers[-1]:
+            print(f'{self.name}: the classifier is {last!r}, which is executed last.' if last
+                  else f'{self.name} has no classifier at its end, so all of its layers are kept.')
         if last is not None: net.set_submodule(last, nn.Identity())
         self.classifier = [last] if last is not None else []
         return net
 
+# %% ../../nbs/24_models.arch.ipynb #a81af6d3
 @torch.no_grad()
 def executed_last(
     net,      # A network, which may have a classifier
     default,  # The answer where it cannot be run on images of noise
 ):            # A name, or None for a network without a classifier
-    "The name of the classifier: the linear layer or 1×1 convolution whose outputs are the network's, up to pooling and a softmax."
+    """The name of the classifier: the linear layer or 1×1 convolution whose outputs are the network's, up to pooling
+    and a softmax."""
     ran, out, side = [], None, _own_size(net) or 224
     own = [(n, m) for n, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
     hooks = [m.register_forward_hook(lambda m, x, out, n=n: ran.append((n, m, out))) for n, m in own]
     modes = {m: m.training for m in net.modules()}
     channels = [3, *(m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d))]
     try:
-        for n in dict.fromkeys(channels):  # the first convolution that is registered may not be the first that is executed
+        # the first convolution that is registered may not be the first that is executed
+        for n in dict.fromkeys(channels):
             ran.clear()
             try: out = net.eval()(torch.rand(2, n, side, side))
             except Exception: continue  # the network's own code, which may raise anything
@@ -157,11 +170,13 @@ def executed_last(
     if out.flatten(1).shape[1] != out.shape[1]: return None  # a map or tokens
     out = out.flatten(1)
     name, layer, last = ran[-1]
-    if isinstance(layer, nn.Conv2d): return name if layer.kernel_size == (1, 1) and out.shape[1] == layer.out_channels else None
+    if isinstance(layer, nn.Conv2d):
+        return name if layer.kernel_size == (1, 1) and out.shape[1] == layer.out_channels else None
     if not isinstance(layer, nn.Linear) or last.shape != out.shape: return None
     scores = last, last.softmax(-1), last.log_softmax(-1), last.sigmoid()
     return name if any(torch.allclose(out, o, atol=1e-5) for o in scores) else None
 
+# %% ../../nbs/24_models.arch.ipynb #01442501
 def _own_size(net):
     "The input size that a network with position embeddings was built for, or None."
     own = getattr(net, 'image_size', None) or getattr(getattr(net, 'patch_embed', None), 'img_size', None)
@@ -180,6 +195,7 @@ def with_channels(net, n_in):
     net.set_submodule(name, new)
     return net
 
+# %% ../../nbs/24_models.arch.ipynb #7bbe2b0b
 def find_arch(arch # A name, a function that builds a classifier, or a module
              ) -> Arch:
     "Find an architecture. Raises `ArchError`, which suggests close names, if it is unknown."
@@ -206,11 +222,13 @@ def backbones(pattern='*', # With shell wildcards: 'res*'
     found = pd.DataFrame(rows, columns=['name', 'source', 'parameters', 'input size', 'has weights'])
     return found.astype({'parameters': 'Int64', 'input size': 'Int64'})
 
+# %% ../../nbs/24_models.arch.ipynb #e90defab
 def _torchvision_row(name):
     w = torchvision.models.get_model_weights(name)
     if not len(w): return name, 'torchvision', None, None, False
     return name, 'torchvision', w.DEFAULT.meta['num_params'], w.DEFAULT.transforms().crop_size[0], True
 
+# %% ../../nbs/24_models.arch.ipynb #d71ab9c1
 def _timm_row(name, count):
     import timm
     cfg = timm.get_pretrained_cfg(name)
@@ -218,6 +236,7 @@ def _timm_row(name, count):
     size = cfg.input_size[-1] if cfg else None
     return shown, 'timm', _timm_params(name) if count else None, size, bool(cfg and cfg.has_weights)
 
+# %% ../../nbs/24_models.arch.ipynb #e4f6c23b
 @lru_cache
 def _timm_params(name):
     import timm

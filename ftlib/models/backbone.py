@@ -25,12 +25,14 @@ from ..system.files import local_copy
 def _is_file(weights):
     return isinstance(weights, (str, Path)) and (Path(weights).suffix in SUFFIXES or Path(weights).exists())
 
+# %% ../../nbs/25_models.backbone.ipynb #576e3cf0
 def torchvision_weights_for(file):
     "The torchvision weights enum with this file name, or None."
     name = Path(file).name
     enums = (w for n in torchvision_names() for w in torchvision.models.get_model_weights(n))
     return next((w for w in enums if Path(w.url).name == name), None)
 
+# %% ../../nbs/25_models.backbone.ipynb #4af53b64
 def _torchvision_weights(a, weights):
     "The member of the architecture's weights enum, or None if `weights` is not one."
     if isinstance(weights, torchvision.models.WeightsEnum):
@@ -47,6 +49,7 @@ def _torchvision_weights(a, weights):
         raise WeightsError(f'no weights {weights!r} for {a.name}: it has {_members(a)}; or pass a file, or None')
     return known
 
+# %% ../../nbs/25_models.backbone.ipynb #44ede172
 def _members(a): return ', '.join(a.enum.__members__) or 'none'
 
 # %% ../../nbs/25_models.backbone.ipynb #b11a0805
@@ -62,14 +65,17 @@ def _filled(a, weights, n_in, **kwargs):
     elif isinstance(getattr(weights, 'model', weights), nn.Module):
         load_state(net, body_state(weights), 'the weights of the given network', a.classifier, a.name)
     else:
-        raise WeightsError(f"weights={weights!r}: give 'imagenet', a name of weights, a file, a state dict, a learner, or None")
+        raise WeightsError(f"weights={weights!r}: give 'imagenet', a name of weights, a file, a state dict, a learner, "
+                           f"or None")
     return net
 
+# %% ../../nbs/25_models.backbone.ipynb #e58c44fe
 def _fetched(a, weights, n_in, **kwargs):
     if a.source == 'module' and weights == 'imagenet': return a.build(n_in)
     if a.takes_pretrained and weights == 'imagenet': return a.build(n_in, True, **kwargs)
     if a.source in ('function', 'module'):
-        raise WeightsError(f'{a.name} is not a name of torchvision or timm, so there are no weights {weights!r} for it: '
+        raise WeightsError(f'{a.name} is not a name of torchvision or timm, so there are no weights {weights!r} for '
+                           f'it: '
                            'pass a file, a learner or weights=None')
     if a.source == 'timm': return _fetched_timm(a, weights, n_in, **kwargs)
     w = _torchvision_weights(a, weights)
@@ -82,6 +88,7 @@ def _fetched(a, weights, n_in, **kwargs):
     load_state(net, state, f'{w}', a.classifier, a.name)
     return net
 
+# %% ../../nbs/25_models.backbone.ipynb #f9915f40
 def _fetched_timm(a, weights, n_in, **kwargs):
     if weights not in ('imagenet', 'DEFAULT'): a.name = f"{a.name.split('.')[0]}.{weights}"
     packaged = packaged_file(a.name.removesuffix('.in1k'))
@@ -92,7 +99,8 @@ def _fetched_timm(a, weights, n_in, **kwargs):
         return net
     import timm
     if not timm.list_models(a.name if '.' in a.name else f'{a.name}.*', pretrained=True):
-        raise WeightsError(f'timm has no weights for {a.name}; there are {", ".join(timm_tags(a.name)) or "none"}: pass '
+        raise WeightsError(f'timm has no weights for {a.name}; there are {", ".join(timm_tags(a.name)) or "none"}: '
+                           f'pass '
                            'one of these as weights=, a file, or None')
     if kwargs: a.build(n_in, **kwargs) # raises for a wrong argument, which is not a failed download
     try: from huggingface_hub.constants import HF_HUB_CACHE as folder
@@ -100,14 +108,18 @@ def _fetched_timm(a, weights, n_in, **kwargs):
     cfg = timm.get_pretrained_cfg(a.name)
     return download(lambda: a.build(n_in, True, **kwargs), a.name, cfg.hf_hub_id or cfg.url or a.name, folder)
 
+# %% ../../nbs/25_models.backbone.ipynb #7fb60224
 def _load_file(net, a, file):
     known, state = torchvision_weights_for(file), read_state(file)
     try: left = load_state(net, state, Path(file).name, a.classifier, a.name)
     except WeightsError as e:
         if known is None: raise
         raise WeightsError(f'{e} The file has the name of {known}.') from e
-    if left: _say_once(str(file), f'{Path(file).name}: the old head was not loaded ({", ".join(left[:4])}{" …" if len(left) > 4 else ""})')
+    if left:
+        _say_once(str(file), f'{Path(file).name}: the old head was not loaded '
+                  f'({", ".join(left[:4])}{" …" if len(left) > 4 else ""})')
 
+# %% ../../nbs/25_models.backbone.ipynb #aaa61122
 @cache
 def _say_once(file, line):
     "Print a line once per file"
@@ -118,11 +130,13 @@ class TokenMean(nn.Module):
     "Mean over the positions of N×tokens×C or N×H×W×C."
     def forward(self, x): return x.flatten(1, -2).mean(1)
 
+# %% ../../nbs/25_models.backbone.ipynb #0e7a4d20
 class MapPool(nn.Sequential):
     "Pooling of a map (N×C×H×W): the average, or the concatenation of maximum and average (twice the features)."
     def __init__(self, concat=True):
         super().__init__(AdaptiveConcatPool2d(1) if concat else nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
 
+# %% ../../nbs/25_models.backbone.ipynb #05a4009f
 def _is_map(shape): return len(shape) == 3 and shape[1] == shape[2]
 
 def _pool_of(shape, concat):
@@ -134,6 +148,7 @@ def _pool_of(shape, concat):
 def _hands_on_one(stage):
     return not isinstance(stage, torch.fx.GraphModule) or isinstance(stage.graph.output_node().args[0], torch.fx.Node)
 
+# %% ../../nbs/25_models.backbone.ipynb #3dc0bf7c
 def _shortened(stages, shapes, cut):
     names = [*stages, 'head']
     kept = names[:cut] if isinstance(cut, int) else []
@@ -142,6 +157,7 @@ def _shortened(stages, shapes, cut):
     kept = [n for n in kept if n != 'pool']
     return kept, shapes[:len(kept)]
 
+# %% ../../nbs/25_models.backbone.ipynb #c81ee0a4
 def _end(stages, shapes, cut, concat_pool, pool):
     "The stages before `cut` with their pool, and the output shapes."
     if 'pool' not in stages: stages,shapes = {**stages, 'pool': nn.Identity()},[*shapes, shapes[-1]]
@@ -150,7 +166,8 @@ def _end(stages, shapes, cut, concat_pool, pool):
     whole, plain = len(kept) == len(stages) - 1, not any(True for _ in tail.parameters())
     if not whole and not _hands_on_one(last):
         raise ArchError(f'cut={cut}: {kept[-1]} outputs more than one tensor; cut elsewhere')
-    simple = _is_map(shps[-1]) and _hands_on_one(last) and (not whole or plain and shapes[-1] in (shps[-1], shps[-1][:1]))
+    simple = _is_map(shps[-1]) and _hands_on_one(last) and (not whole or plain
+                                                            and shapes[-1] in (shps[-1], shps[-1][:1]))
     if simple and not pool: end, width, out = nn.Identity(), shps[-1][0], shps[-1]
     elif not whole or simple and concat_pool: end, width = _pool_of(shps[-1], concat_pool); out = (width,)
     else:
@@ -162,7 +179,9 @@ def _end(stages, shapes, cut, concat_pool, pool):
 def backbone(arch,               # A name, a function that builds a classifier, or a module
              weights='imagenet', # 'imagenet', a name of weights, a file, a state dict, a learner or network, or None
              n_in=3,             # Channels of the images
-             cut=None,           # Keep the stages before this index of [*stages, head], -2 is all, -3 drops the last; or a function: network → body
+             # Keep the stages before this index of [*stages, head], -2 is all, -3 drops the last; or a function:
+             # network → body
+             cut=None,
              normalize=True,     # Normalise inside the network, with the statistics of its architecture
              concat_pool=True,   # Concatenate maximum and average pooling if the network ends in a plain pool
              pool=True,          # False leaves a plain pool of a map out, and the map comes out
@@ -177,11 +196,14 @@ def backbone(arch,               # A name, a function that builds a classifier, 
     if callable(cut): net, cut = cut(net), None
     size = input_size or a.size
     parts, shapes = _split(net, a.name, n_in, size)
-    if not shapes[-1]: raise ArchError(f'{a.name} gives more than one tensor, as a tuple or a dictionary of logits: give a module whose forward returns the one that the head is to get.')
+    if not shapes[-1]:
+        raise ArchError(f'{a.name} gives more than one tensor, as a tuple or a dictionary of logits: give a module '
+                        f'whose forward returns the one that the head is to get.')
     stages, shapes, width = _end(parts, shapes, cut, concat_pool, pool)
     norm = Normalize(_channels(a.mean, n_in), _channels(a.std, n_in)) if normalize else nn.Identity()
     return Body(norm, stages, width, a.name, size, shapes).train()
 
+# %% ../../nbs/25_models.backbone.ipynb #a8bd00bf
 def _split(net, name, n_in, size):
     try: return split(net, n_in, size)
     except (AssertionError, RuntimeError) as e:
@@ -190,6 +212,7 @@ def _split(net, name, n_in, size):
                         "its own input size, or pass the argument of its builder for this size (image_size=, "
                         'img_size=)') from e
 
+# %% ../../nbs/25_models.backbone.ipynb #88349c9a
 def _channels(v, n):
     "Statistics of three channels for `n` channels: their mean for one, repeated for more."
     return [sum(v)/len(v)] if n == 1 else [v[i % len(v)] for i in range(n)]
@@ -202,7 +225,9 @@ def create_network(arch,               # A name, a function that builds a classi
                    cut=None,           # See `backbone`
                    normalize=True,     # Normalise inside the network
                    init=nn.init.kaiming_normal_, # Initialisation of the head; None: torch's default
-                   custom_head=None,   # A head of your own; it gets the body's map, as in fastai, or features where the network pools in a way of its own
+                   # A head of your own; it gets the body's map, as in fastai, or features where the network pools in a
+                   # way of its own
+                   custom_head=None,
                    concat_pool=True,   # The head begins with maximum and average side by side; False: with the average
                    pool=True,          # As in fastai. The head pools the body's map, whatever is given here
                    lin_ftrs=None,      # Widths of the head's hidden layers; by default [512]
@@ -213,19 +238,23 @@ def create_network(arch,               # A name, a function that builds a classi
                    y_range=None,       # Range of the outputs, by a sigmoid
                    **kwargs,           # More arguments for `backbone` and the function that builds the architecture
                   ) -> Network:
-    "Build a network: a body of stages with `weights`, and a new head like fastai's. Raises `ArchError`, `WeightsError`."
+    """Build a network: a body of stages with `weights`, and a new head like fastai's. Raises `ArchError`,
+    `WeightsError`."""
     if isinstance(arch, Network): return arch
     if not isinstance(n_out, int) or n_out < 1: raise ArchError(f'n_out={n_out!r}: give a number of outputs, 1 or more')
     body = backbone(arch, weights, n_in, cut, normalize, concat_pool, pool=False, **kwargs)
     head = custom_head if custom_head is not None else create_head(
-        body.width, n_out, lin_ftrs=lin_ftrs, ps=ps, pool=len(body.shapes[-1]) == 3, concat_pool=concat_pool, first_bn=first_bn,
+        body.width, n_out, lin_ftrs=lin_ftrs, ps=ps, pool=len(body.shapes[-1]) == 3, concat_pool=concat_pool,
+        first_bn=first_bn,
         bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     if init is not None: apply_init(head, init)
     net = Network(body, head)
-    args = dict(cut=cut, normalize=normalize, concat_pool=concat_pool, pool=pool, lin_ftrs=lin_ftrs, ps=ps, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
+    args = dict(cut=cut, normalize=normalize, concat_pool=concat_pool, pool=pool, lin_ftrs=lin_ftrs, ps=ps,
+                first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range)
     net.built_by = _build_args(arch, n_out, n_in, custom_head, args | kwargs)
     return net
 
+# %% ../../nbs/25_models.backbone.ipynb #bb6bc045
 def _build_args(arch, n_out, n_in, custom_head, args):
     "What builds a network like this again, as JSON has it; None where it is more than names and numbers"
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in args.items()}

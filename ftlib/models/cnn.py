@@ -38,16 +38,19 @@ def cnn(n_out,                   # Number of classes, or data loaders (`dls`), w
     width = before*end*end
     norm = Normalize(_each(mean, n_in), _each(std, n_in))
     net = Network(Body(norm, stages, width, 'cnn', size, [*shapes, (width,)]), _head([width, *linear], n_out, ps))
-    net.built_by = dict(builder='cnn', n_out=n_out, channels=list(channels), linear=list(linear), size=size, n_in=n_in, ps=ps, grid=grid)
+    net.built_by = dict(builder='cnn', n_out=n_out, channels=list(channels), linear=list(linear), size=size, n_in=n_in,
+                        ps=ps, grid=grid)
     return net
 
 # %% ../../nbs/26_models.cnn.ipynb #d8f87de6
 def _read(dls, size, n_in):
     "Number of classes, size and channels of the batches."
     classes, (_, c, h, w) = get_c(dls), dls.one_batch()[0].shape
-    if not classes: raise ArchError('cannot infer the number of classes from the data: pass cnn(n_out, size=..., n_in=...)')
+    if not classes:
+        raise ArchError('cannot infer the number of classes from the data: pass cnn(n_out, size=..., n_in=...)')
     return classes, size or min(h, w), n_in or c
 
+# %% ../../nbs/26_models.cnn.ipynb #dd2b9cdd
 def _check(**numbers):
     for k, v in numbers.items():
         if not isinstance(v, int) or v < 1: raise ArchError(f'{k}={v!r}: give an integer, 1 or more')

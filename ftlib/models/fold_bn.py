@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 _NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 _LAYERS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
 
-
+# %% ../../nbs/27_models.fold_bn.ipynb #3306e4f2
 def fuse_batch_norms(
     net:nn.Module,  # A network or a part of one
     x,              # A batch that it takes
@@ -32,7 +32,7 @@ def fuse_batch_norms(
     bound = 1e-3 * float(expected.abs().max())
     return net if float((got - expected).abs().max()) <= bound else plain
 
-
+# %% ../../nbs/27_models.fold_bn.ipynb #512fa146
 def _pairs(net, x):
     "{name of a norm: name of the layer right before it}, and the output for `x`"
     given, calls, pairs, hooks = {}, {}, {}, []
@@ -56,7 +56,7 @@ def _pairs(net, x):
     once = {norm: layer for norm, layer in pairs.items() if calls[norm] == calls[layer] == 1}
     return {norm: layer for norm, layer in once.items() if list(once.values()).count(layer) == 1}, out
 
-
+# %% ../../nbs/27_models.fold_bn.ipynb #fe0135c2
 def _fold(net, norm, layer):
     "Fuse the norm named `norm` into the layer named `layer`; the activation of a combined norm-activation layer stays"
     bn, m = net.get_submodule(norm), net.get_submodule(layer)

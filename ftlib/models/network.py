@@ -22,18 +22,21 @@ class Normalize(nn.Module):
                 ):
         super().__init__()
         if len(mean) != len(std) or 0 in tuple(std):
-            raise ValueError(f'mean {tuple(mean)} and std {tuple(std)}: expected one number per channel, and no std of 0')
+            raise ValueError(f'mean {tuple(mean)} and std {tuple(std)}: expected one number per channel, and no std of '
+                             f'0')
         self.register_buffer('mean', torch.tensor(tuple(mean), dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer('std', torch.tensor(tuple(std), dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, x): return (x - self.mean)/self.std
     def extra_repr(self): return f'mean={_rounded(self.mean)}, std={_rounded(self.std)}'
 
+# %% ../../nbs/20_models.network.ipynb #21ecfe27
 def _rounded(t): return tuple(round(v, 4) for v in t.flatten().tolist())
 
 # %% ../../nbs/20_models.network.ipynb #18ac5186
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
+# %% ../../nbs/20_models.network.ipynb #74d51bc5
 def is_norm(m: nn.Module # Any layer
            ) -> bool:
     "Is `m` a normalization layer, of any kind or library?"
@@ -48,9 +51,10 @@ def _sliced(layers, i):
     "Some of the layers; a part of a network is no network"
     return nn.Sequential(OrderedDict(list(layers._modules.items())[i]))
 
-
+# %% ../../nbs/20_models.network.ipynb #8b4077b9
 class Body(nn.Sequential):
-    "A `Normalize` (or identity) and then named stages: images (N×C×H×W) in, features (N×`width`) or a map (N×`width`×H×W) out."
+    """A `Normalize` (or identity) and then named stages: images (N×C×H×W) in, features (N×`width`) or a map
+    (N×`width`×H×W) out."""
     __jit_unused_properties__ = ['stages', 'mean', 'std']
 
     def __init__(self,
@@ -76,20 +80,25 @@ class Body(nn.Sequential):
     def std(self): return getattr(self.normalize, 'std', None)
 
 # %% ../../nbs/20_models.network.ipynb #5532318f
-_POOLS = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, AdaptiveConcatPool2d, Flatten, nn.Flatten, nn.Identity
+_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, AdaptiveConcatPool2d, Flatten,
+    nn.Flatten, nn.Identity)
 
-
+# %% ../../nbs/20_models.network.ipynb #cad70448
 def _pools(layer):
     "Does a layer make features of a map, without weights and in the same way in every mode?"
     return all(map(_pools, layer)) if type(layer) is nn.Sequential else isinstance(layer, _POOLS)
 
-
+# %% ../../nbs/20_models.network.ipynb #ae5f1b6b
 class Network(nn.Sequential):
-    """A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai: where the body hands on a map, the head begins with the pool,
+    """A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai: where the body hands on a map,
+    the head begins with the pool,
     which counts as the last of the `stages`."""
     bn = 'moving'  # Batch-norm statistics of stages that train: 'moving', or 'still' as they were loaded
-    built_by = None  # By which of ftlib's builders, with which arguments, as JSON has them; None where it can't be built again from these
-    __jit_unused_properties__ = ['body', 'head', 'stages', 'stage_names', 'shapes', 'mean', 'std', 'input_size', 'width', 'arch', 'frozen', 'keeps_statistics']
+    # By which of ftlib's builders, with which arguments, as JSON has them; None where it can't be built again from
+    # these
+    built_by = None
+    __jit_unused_properties__ = ['body', 'head', 'stages', 'stage_names', 'shapes', 'mean', 'std', 'input_size',
+                                 'width', 'arch', 'frozen', 'keeps_statistics']
 
     def __init__(self, body: Body, # Images to features, or to a map
                  head: nn.Module,  # What the body hands on, to one number per class
@@ -106,7 +115,8 @@ class Network(nn.Sequential):
     def _n_pool(self):
         "Layers at the beginning of the head that pool the body's map"
         names = self.body.stage_names
-        if not names or not isinstance(self.body.stages[-1], nn.Identity) or type(self.head) is not nn.Sequential: return 0
+        if not names or not isinstance(self.body.stages[-1], nn.Identity) or type(self.head) is not nn.Sequential:
+            return 0
         return next((i for i, m in enumerate(self.head) if not _pools(m)), len(self.head))
 
     @property
@@ -207,7 +217,8 @@ class Network(nn.Sequential):
         return next(trains, owned[self.frozen_to][0] if self.frozen_to < len(owned) else len(self.stages))
 
     def train(self, mode=True):
-        "Set training mode; frozen stages stay in evaluation mode, and with `bn='still'` all norms of the body that have statistics."
+        """Set training mode; frozen stages stay in evaluation mode, and with `bn='still'` all norms of the body that
+        have statistics."""
         super().train(mode)
         for stage in self.stages[:self.frozen]: stage.eval()
         if self.bn == 'still' and not self.train_bn:

@@ -24,7 +24,7 @@ from ..errors import PrecisionError
 # %% ../../nbs/28_models.precision.ipynb #e5da6b7c
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
-
+# %% ../../nbs/28_models.precision.ipynb #42c9b3cb
 @dataclass(frozen=True)
 class PrecisionPolicy:
     "Precision ('fp32' or 'bf16') and memory format: whether tensors are channels_last"
@@ -40,20 +40,22 @@ class PrecisionPolicy:
 
     def to_layout(self, x):  # A batch
         "Convert a batch of images (N×C×H×W) to this memory format; other inputs are unchanged"
-        return x.to(memory_format=torch.channels_last) if self.channels_last and torch.is_tensor(x) and x.ndim == 4 else x
+        return (x.to(memory_format=torch.channels_last) if self.channels_last and torch.is_tensor(x)
+            and x.ndim == 4 else x)
 
     def apply_to(self, net):  # A network; its weights are converted in place
         "Convert the network to this memory format"
         return net.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
-
+# %% ../../nbs/28_models.precision.ipynb #ef775ec7
 def as_precision_policy(
     precision,  # 'fp32', 'bf16' or an `PrecisionPolicy`
 ) -> PrecisionPolicy:
     "The policy for a precision given by the user. Raises `PrecisionError`."
     if isinstance(precision, PrecisionPolicy): return precision
     if precision not in DTYPES:
-        raise PrecisionError(f"precision={precision!r}: use 'auto', 'fp32', 'bf16' or an `PrecisionPolicy`; for fp16 on a GPU, "
+        raise PrecisionError(f"precision={precision!r}: use 'auto', 'fp32', 'bf16' or an `PrecisionPolicy`; for fp16 "
+                             f"on a GPU, "
                              "`learn.to_fp16()`.")
     return PrecisionPolicy(precision, channels_last=True)
 
@@ -64,14 +66,16 @@ def _tensors(out):
     parts = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
     return [t for o in parts for t in _tensors(o)]
 
-
+# %% ../../nbs/28_models.precision.ipynb #367a00c0
 def measure(
     net,               # A network, frozen as it will train
     x,                 # A batch of images
     policies=None,         # Policies to try; by default those that the device supports
     repeats:int=2,     # Timed steps of each, after a warm-up step
-) -> pd.DataFrame:     # One row per policy: milliseconds per step, root mean square of the outputs, its relative difference from single precision
-    """Time forward and backward passes, without the loss function; policies that the network does not support are left out.
+) -> pd.DataFrame:     # One row per policy: milliseconds per step, root mean square of the outputs, its relative
+    # difference from single precision
+    """Time forward and backward passes, without the loss function; policies that the network does not support are left
+    out.
     Weights, statistics and gradients are restored."""
     rows, kept = [], {n: b.detach().clone() for n, b in net.named_buffers()}
     for policy in policies or _policies(x.device):
@@ -86,7 +90,7 @@ def measure(
     table['off'] = (table['size'] - table['size'][0]).abs() / max(abs(table['size'][0]), .1)
     return table.set_index('policy')
 
-
+# %% ../../nbs/28_models.precision.ipynb #ad1f6af4
 def _timed(net, x, policy, repeats):
     "A row of `measure`"
     policy.apply_to(net)
@@ -95,13 +99,14 @@ def _timed(net, x, policy, repeats):
         start = time.perf_counter()
         with torch.random.fork_rng(), policy.autocast(x.device), torch.set_grad_enabled(trains):
             torch.manual_seed(0)  # the same dropout for all
-            loss = sum(t.float().square().mean() for t in _tensors(net.forward(batch)))  # compiled, each policy would take a minute
+            # compiled, each policy would take a minute
+            loss = sum(t.float().square().mean() for t in _tensors(net.forward(batch)))
         if trains and torch.is_tensor(loss) and loss.requires_grad: loss.backward()
         if x.device.type == 'cuda': torch.cuda.synchronize(x.device)
         if i: times.append(time.perf_counter() - start)
     return dict(policy=policy, ms=1e3 * min(times), size=float(torch.as_tensor(loss).detach()) ** .5)
 
-
+# %% ../../nbs/28_models.precision.ipynb #8f3faa2b
 def _policies(device):
     "The policies that the device supports, torch's default first"
     policies = [PrecisionPolicy(), PrecisionPolicy(channels_last=True), PrecisionPolicy('bf16', True)]
@@ -109,7 +114,7 @@ def _policies(device):
     if device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False): policies.pop()
     return policies
 
-
+# %% ../../nbs/28_models.precision.ipynb #96916bb3
 def choose(
     table,                 # From `measure`
     tolerance:float=.02,   # Largest relative difference of the outputs from single precision
@@ -126,23 +131,27 @@ def machine() -> str:
     "The properties of this machine that determine the speed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
     flags = torch.backends.cpu.get_cpu_capability()
-    return f'{platform.machine()} {platform.processor()} {flags} {os.cpu_count()} {torch.get_num_threads()} {gpu} {torch.__version__}'
+    return (f'{platform.machine()} {platform.processor()} {flags} {os.cpu_count()} {torch.get_num_threads()} {gpu} '
+            f'{torch.__version__}')
 
-
+# %% ../../nbs/28_models.precision.ipynb #d2b746c9
 def _load_choices():
     "The file of choices and its content"
     path = cache_folder() / 'precision.json'
     try: found = json.loads(path.read_bytes())
     except (OSError, ValueError): return path, {}
-    def is_choice(v): return isinstance(v, list) and len(v) == 2 and isinstance(v[0], str) and v[0] in DTYPES and isinstance(v[1], bool)
+    def is_choice(v):
+        return isinstance(v, list) and len(v) == 2 and isinstance(v[0], str) and v[0] in DTYPES and isinstance(v[1],
+            bool)
     return path, {k: v for k, v in found.items() if is_choice(v)} if isinstance(found, dict) else {}
 
-
+# %% ../../nbs/28_models.precision.ipynb #782fd02a
 def fastest(
     net, x,    # See `measure`
     say=None,  # Called with a line after a measurement
 ) -> PrecisionPolicy:
-    "The policy in `$FTLIB_PRECISION`, or the fastest one for this machine, network and size; measured if it is not stored yet."
+    """The policy in `$FTLIB_PRECISION`, or the fastest one for this machine, network and size; measured if it is not
+    stored yet."""
     if (given := os.environ.get('FTLIB_PRECISION', 'auto')) != 'auto': return as_precision_policy(given)
     what = [str(net), *(f'{n} {p.requires_grad}' for n, p in net.named_parameters())]
     key = digest(machine(), *what, str(tuple(x.shape[1:])), str(x.device.type))
@@ -154,7 +163,7 @@ def fastest(
     _save_choice(path, key, best)
     return best
 
-
+# %% ../../nbs/28_models.precision.ipynb #fff6773c
 def prepare_for_inference(
     net,        # A network for inference; its memory format is converted
     x,          # A batch of images
@@ -165,7 +174,7 @@ def prepare_for_inference(
     policy.apply_to(net)
     return policy
 
-
+# %% ../../nbs/28_models.precision.ipynb #3da92d98
 def _save_choice(path, key, best):
     "Store a choice; if the file cannot be written, the next run measures again"
     new = path.with_name(f'{path.name}.{os.getpid()}.new')

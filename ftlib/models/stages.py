@@ -20,19 +20,24 @@ class CutPoint:
     shape: tuple
     n_positions: int
 
+# %% ../../nbs/22_models.stages.ipynb #ceca16df
 def n_positions(shape, near=None):
-    "Number of positions of a map (N×C×H×W or N×H×W×C) or tokens of a sequence (N×T×C, or N×C×T if T is `near`); 1 for features."
+    """Number of positions of a map (N×C×H×W or N×H×W×C) or tokens of a sequence (N×T×C, or N×C×T if T is `near`); 1
+    for features."""
     if len(shape) == 4: return shape[2]*shape[3] if shape[2] == shape[3] or shape[1] != shape[2] else shape[1]*shape[2]
     if len(shape) == 3: return shape[2] if shape[2] == near != shape[1] else shape[1]
     return 1
 
+# %% ../../nbs/22_models.stages.ipynb #6a2a9a72
 def _inplace(net, node):
     if node.op == 'call_module': return getattr(net.get_submodule(node.target), 'inplace', False)
     if node.op == 'call_method': return node.target.endswith('_')
     return node.kwargs.get('inplace', False) or node.target in (operator.iadd, operator.imul, operator.isub)
 
+# %% ../../nbs/22_models.stages.ipynb #41612b5c
 def _data_path(net, graph, found):
-    """The nodes that depend on the input image, in order. The others (constants, and what is computed from plain numbers
+    """The nodes that depend on the input image, in order. The others (constants, and what is computed from plain
+    numbers
     only) are recomputed by each stage that needs them."""
     carries, order = {n for n in graph.nodes if n.op == 'placeholder'}, []
     for n in graph.nodes:
@@ -41,6 +46,7 @@ def _data_path(net, graph, found):
         if n.op == 'placeholder' or ins and not remade and not _is_shared(n): carries.add(n); order.append(n)
     return [n for n in order if n.op != 'output']
 
+# %% ../../nbs/22_models.stages.ipynb #ff655004
 def _is_shared(n):
     "Can it be read from every tensor of the data path: the batch size, the device?"
     return _is_batch_size(n) or _is_device(n)
@@ -53,6 +59,7 @@ def _is_batch_size(n):
     src = n.args[0]
     return src.target is getattr and src.args[1] == 'shape' or src.target == 'size' and len(src.args) == 1
 
+# %% ../../nbs/22_models.stages.ipynb #ec9c5cb2
 def _last_uses(chain):
     "Position in the chain of the last node that needs each node, directly or through recomputed nodes."
     where, known = {n: i for i, n in enumerate(chain)}, {}
@@ -64,6 +71,7 @@ def _last_uses(chain):
         return len(chain) if u.op == 'output' else -1 if _is_shared(u) else last(u)
     return [last(n) for n in chain]
 
+# %% ../../nbs/22_models.stages.ipynb #05e491a9
 def cut_points(net, chain, found, most=1, numbers=False):
     "All cut points with at most `most` live_values tensors, batch first (with `numbers`, plain numbers too)."
     where, last = {n: i for i, n in enumerate(chain)}, _last_uses(chain)
@@ -93,6 +101,7 @@ def _resolution_drops(marks):
         else: res[-1] = b
     return res
 
+# %% ../../nbs/22_models.stages.ipynb #414c44ab
 def _weights(net, chain):
     "Number of parameters of each node of the chain (of its constants too), counted once."
     seen, res = set(), []
@@ -107,10 +116,12 @@ def _weights(net, chain):
     for n in chain: res.append(own(n))
     return res
 
+# %% ../../nbs/22_models.stages.ipynb #77313027
 def _attr(net, target):
     *path, name = target.split('.')
     return getattr(net.get_submodule('.'.join(path)), name)
 
+# %% ../../nbs/22_models.stages.ipynb #6b35ba35
 def _split(net, chain, weights, marks, lo, hi, parts=4):
     "Cut points inside chain[lo:hi]: after the embedding, then between `parts` parts with equally many parameters."
     kinds = {}
@@ -128,6 +139,7 @@ def _split(net, chain, weights, marks, lo, hi, parts=4):
         if near: res.append(min(near, key=lambda b: abs(sum(weights[start:b.at+1]) - total*k/parts)))
     return sorted({b.at: b for b in res}.values(), key=lambda b: b.at)
 
+# %% ../../nbs/22_models.stages.ipynb #ffb924d9
 def cuts(net, chain, found):
     "The cut points between the stages; the last one is between the last map and the pooling."
     weights = _weights(net, chain)
@@ -140,12 +152,14 @@ def cuts(net, chain, found):
         if len(best) >= 3: break
     return best
 
+# %% ../../nbs/22_models.stages.ipynb #3258c7a6
 def _with_weights(ends, weights):
     "Join a segment without parameters to the next one."
     starts = [0] + [b.at + 1 for b in ends[:-1]]
     keep = [b for b, s in zip(ends, starts) if sum(weights[s:b.at+1])]
     return keep if not ends or keep and keep[-1] is ends[-1] else [*keep[:-1], ends[-1]]
 
+# %% ../../nbs/22_models.stages.ipynb #9458c4d8
 def _subdivide(net, chain, weights, marks, ends):
     starts = [0] + [b.at + 1 for b in ends]
     spans = [(s, b.at + 1) for s, b in zip(starts, ends)]
@@ -171,6 +185,7 @@ def _module(net, nodes, inputs, outputs):
     graph.output(out[0] if len(out) == 1 else tuple(out))
     return _keep_buffers(net, fx.GraphModule(net, graph, class_name='Stage'))
 
+# %% ../../nbs/22_models.stages.ipynb #4ee73886
 def _keep_buffers(net, stage):
     "Keep non-persistent buffers of the network non-persistent in the stage."
     for name, m in stage.named_modules():
@@ -179,6 +194,7 @@ def _keep_buffers(net, stage):
         m._non_persistent_buffers_set |= {b for b in old._non_persistent_buffers_set if b in m._buffers}
     return stage
 
+# %% ../../nbs/22_models.stages.ipynb #2bef4c1e
 def split(net: nn.Module, # A classifier without its last layer
           n_in=3,         # Channels of an image
           size=224,       # Side of the square images that it is run with, in pixels
@@ -193,5 +209,6 @@ def split(net: nn.Module, # A classifier without its last layer
     if not isinstance(out, fx.Node) or not found.get(out.name): return dict(stem=net), [()]
     marks = [CutPoint(-1, chain[:1], (), 0), *ends, CutPoint(len(chain)-1, [out], found[out.name], 0)]
     names = ['stem', *(f'stage{i}' for i in range(1, len(ends))), 'pool'] if ends else ['stem']
-    stages = {k: _module(net, chain[a.at+1:b.at+1], a.live_values, b.live_values) for k, a, b in zip(names, marks, marks[1:])}
+    stages = {k: _module(net, chain[a.at+1:b.at+1], a.live_values, b.live_values) for k, a,
+              b in zip(names, marks, marks[1:])}
     return stages, [b.shape[1:] for b in marks[1:]]

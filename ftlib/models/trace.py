@@ -21,6 +21,7 @@ class _Whole(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net(x)
 
+# %% ../../nbs/21_models.trace.ipynb #0c648bba
 class _Coarse(fx.Tracer):
     def __init__(self, closed, half, leaf_types, leaf_functions):
         super().__init__(autowrap_functions=tuple(leaf_functions))
@@ -37,10 +38,12 @@ class _Coarse(fx.Tracer):
         self.inside.pop()
         return res
 
+# %% ../../nbs/21_models.trace.ipynb #64401936
 def n_params(m):
     "Number of parameters of a module."
     return sum(p.numel() for p in m.parameters())
 
+# %% ../../nbs/21_models.trace.ipynb #a1611689
 def trace(net: nn.Module # Any network
          ) -> fx.Graph: # Its modules, in the order of execution
     "Trace `net` coarsely; a module that cannot be traced is a leaf."
@@ -53,7 +56,8 @@ def trace(net: nn.Module # Any network
         # tracing runs the network's own code, which may raise anything; the module that raised becomes a leaf
         except Exception as e:
             if not tracer.inside or tracer.inside[-1] in closed:
-                raise ValueError(f'{type(net).__name__} cannot be traced: give a module whose forward takes a batch of images') from e
+                raise ValueError(f'{type(net).__name__} cannot be traced: give a module whose forward takes a batch of '
+                                 f'images') from e
             odd = tracer.inside[-1]
         else: odd = _parting(graph, training)
         finally: whole.eval()
@@ -63,9 +67,11 @@ def trace(net: nn.Module # Any network
     _with_layers(graph, training, net)
     return _anywhere(graph)
 
+# %% ../../nbs/21_models.trace.ipynb #c4a92c3e
 _DROPS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
           F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout}
 
+# %% ../../nbs/21_models.trace.ipynb #bf75f12e
 def _steps(graph):
     "The operations of a graph, independent of the names of its nodes and of the mode of its dropout functions."
     at = {n: i for i, n in enumerate(graph.nodes)}
@@ -73,6 +79,7 @@ def _steps(graph):
         kwargs = {k: v for k, v in n.kwargs.items() if k != 'training' or n.target not in _DROPS}
         yield n.op, None if n.op == 'get_attr' else n.target, map_arg((n.args, kwargs), at.get)
 
+# %% ../../nbs/21_models.trace.ipynb #a6ac01c2
 def _parting(graph, training):
     "The module whose own code differs in training mode, or None."
     for n, m, a, b in zip_longest(graph.nodes, training.nodes, _steps(graph), _steps(training)):
@@ -80,11 +87,13 @@ def _parting(graph, training):
         return commonprefix([_owners(x) for x in (n, m) if x is not None and x.op != 'output'] or [['net']])[-1]
     return None
 
+# %% ../../nbs/21_models.trace.ipynb #8a25d60e
 def _owners(n):
     "The modules whose code calls this node, outermost first."
     stack = [path for path, _ in n.meta['nn_module_stack'].values()]
     return stack[:-1] if n.op == 'call_module' else stack
 
+# %% ../../nbs/21_models.trace.ipynb #6e7659ba
 def _with_layers(graph, training, net):
     "Replace F.dropout by nn.Dropout so that train()/eval() control it."
     for n, m in zip(graph.nodes, training.nodes):
@@ -92,6 +101,7 @@ def _with_layers(graph, training, net):
         net.add_module(f'{n.name}_layer', _DROPS[n.target](n.kwargs['p']))
         n.op, n.target, n.kwargs = 'call_module', f'{n.name}_layer', {}
 
+# %% ../../nbs/21_models.trace.ipynb #bce4ea25
 def _unwrapped(graph, whole):
     for n in graph.nodes:
         if n.op not in ('call_module', 'get_attr'): continue
@@ -99,6 +109,7 @@ def _unwrapped(graph, whole):
         else: whole.net.register_buffer(n.target, getattr(whole, n.target), persistent=False)
     return graph
 
+# %% ../../nbs/21_models.trace.ipynb #4e949a47
 def _anywhere(graph):
     "Replace a device that was recorded in the trace by that of the input, so that the network can be moved."
     x = next(n for n in graph.nodes if n.op == 'placeholder')
@@ -113,6 +124,7 @@ def _anywhere(graph):
 BATCH = 2        # batch size of the trial forward pass
 NUMBERS = 'size' # stands for the shape of a node whose output is plain numbers, such as the height and width of a map
 
+# %% ../../nbs/21_models.trace.ipynb #eb54f664
 class _Probe(nn.Module):
     "Run a traced network and record the output shape of every node."
     def __init__(self, net, graph):
@@ -135,11 +147,15 @@ class _Probe(nn.Module):
         self.found[name] = NUMBERS if _plain(value) else shape
         return value
 
+# %% ../../nbs/21_models.trace.ipynb #cdd505ac
 def _plain(v): return v is None or isinstance(v, (int, float)) or isinstance(v, (tuple, list)) and all(map(_plain, v))
+
+# %% ../../nbs/21_models.trace.ipynb #6bd64539
 def opaque(graph):
     "Is the whole network one leaf?"
     return any(n.op == 'call_module' and n.target == '' for n in graph.nodes)
 
+# %% ../../nbs/21_models.trace.ipynb #f13c1a4b
 @contextmanager
 def _on_meta(net):
     "Context manager in which the weights of `net` are on the meta device. Shared layers and weights stay shared."
@@ -151,6 +167,7 @@ def _on_meta(net):
     finally:
         for d, tensors in held: d.clear(); d.update(tensors)
 
+# %% ../../nbs/21_models.trace.ipynb #5c7efbd9
 def shapes(net, graph, n_in=3, size=224):
     "Output shape of every node for a batch of `BATCH` images; `NUMBERS` for plain numbers, else None."
     probe = _Probe(net, graph).eval()

@@ -19,6 +19,7 @@ from ..errors import WeightsError
 WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'state_dict_ema', 'model_ema', 'teacher', 'student')
 _prefix = re.compile(r'^(module|_orig_mod|model|backbone|encoder|net|body|teacher|student|0|stem|stage\d+|pool)\.')
 
+# %% ../../nbs/23_models.weights.ipynb #645860f9
 def extract_state_dict(checkpoint: dict) -> dict:
     "Extract the state dict from a checkpoint."
     for _ in WRAPPERS:
@@ -27,6 +28,7 @@ def extract_state_dict(checkpoint: dict) -> dict:
         checkpoint = inner
     return {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
 
+# %% ../../nbs/23_models.weights.ipynb #2546710e
 def strip_prefixes(state: dict):
     "Yield the state dict as it is, and then with one prefix after another removed from its keys."
     yield state
@@ -36,14 +38,17 @@ def strip_prefixes(state: dict):
         state = less
         yield state
 
+# %% ../../nbs/23_models.weights.ipynb #c157dc41
 # torchvision renamed these layers after it had published their weights
 _renamed = ((re.compile(r'(denselayer\d+\.(?:norm|conv))\.([12])\.'), r'\1\2.'),
             (re.compile(r'\.mlp\.linear_1\.'), '.mlp.0.'), (re.compile(r'\.mlp\.linear_2\.'), '.mlp.3.'))
 
+# %% ../../nbs/23_models.weights.ipynb #970271b7
 def _modern(state):
     for old, new in _renamed: state = {old.sub(new, k): v for k, v in state.items()}
     return state
 
+# %% ../../nbs/23_models.weights.ipynb #d7beeb7b
 def rename_by_order(want: dict, # State dict with the target names
              state: dict # State dict with the same layers in the same order
             ):
@@ -51,6 +56,7 @@ def rename_by_order(want: dict, # State dict with the target names
     names = [k for k, v in want.items() if _is_learned(k, v)]
     return dict(zip(names, [v for k, v in state.items() if _is_learned(k, v)]))
 
+# %% ../../nbs/23_models.weights.ipynb #31f14412
 def _from_fastai(want, state):
     "fastai's `vision_learner` numbers its layers: keys of the body start with '0.', those of the head with '1.'."
     body, rest = ({k: v for k, v in state.items() if k.startswith('0.') == inside} for inside in (True, False))
@@ -72,11 +78,15 @@ def load_state(net: nn.Module,         # A network without its classifier
                classifier=(),          # Names of the classifier layers that were removed
                name=None,              # Name of the network in messages
               ) -> list:               # Keys that were not used, those of the old head
-    "Load all weights of `net` from `state`, with any prefixes. Raises `WeightsError` if they do not match; then nothing is loaded."
-    if not isinstance(state, dict): raise WeightsError(f'{source} hold a {type(state).__name__}, not a state dict: write them by torch.save(model.state_dict(), path).')
+    """Load all weights of `net` from `state`, with any prefixes. Raises `WeightsError` if they do not match; then
+    nothing is loaded."""
+    if not isinstance(state, dict):
+        raise WeightsError(f'{source} hold a {type(state).__name__}, not a state dict: write them by '
+                           f'torch.save(model.state_dict(), path).')
     want = net.state_dict()
     plain = extract_state_dict(state)
-    named = *strip_prefixes(plain), *strip_prefixes(_modern(plain)), _from_fastai(want, plain), *(_from_sequence(net, s) for s in strip_prefixes(plain))
+    named = *strip_prefixes(plain), *strip_prefixes(_modern(plain)), _from_fastai(want,
+        plain), *(_from_sequence(net, s) for s in strip_prefixes(plain))
     best = max(named, key=lambda s: sum(_is_learned(k, want[k]) for k in _matches(want, s)))
     best = _first_layer(want, best)
     missing = [k for k in want if k not in best and _is_learned(k, want[k])]
@@ -85,7 +95,8 @@ def load_state(net: nn.Module,         # A network without its classifier
     unexpected = _unexpected(want, left, best, classifier)
     if missing or shapes or unexpected:
         found = '; '.join(_differences(want, best, missing, shapes, unexpected))
-        raise WeightsError(f'{source} do not match {name or type(net).__name__}: {len(_matches(want, best))} of {len(want)} tensors '
+        raise WeightsError(f'{source} do not match {name or type(net).__name__}: {len(_matches(want, best))} of '
+                           f'{len(want)} tensors '
                            f'match; {found}. Give weights of the same architecture.')
     want.update({k: v for k, v in best.items() if k in want})
     net.load_state_dict(want) # the network's own dict, with the version numbers that some layers need
@@ -103,6 +114,7 @@ def _unexpected(want, left, state, classifier):
     old = tuple(f'{c}.' for c in classifier)
     return [k for k in left if k.split('.')[0] in parts and not k.startswith(old) and _is_learned(k, state[k])]
 
+# %% ../../nbs/23_models.weights.ipynb #96dc0cb8
 def _first_layer(want, state):
     first = next((k for k, v in want.items() if v.ndim == 4), None)
     if first not in state or state[first].ndim != 4: return state
@@ -111,6 +123,7 @@ def _first_layer(want, state):
     w = w.float()
     return {**state, first: w.sum(1, keepdim=True) if n == 1 else w[:, [i % 3 for i in range(n)]]*3/n}
 
+# %% ../../nbs/23_models.weights.ipynb #a55c0cfb
 def _differences(want, state, missing, shapes, unexpected):
     if missing: yield f'{len(missing)} missing, first {missing[0]!r}'
     if shapes:
@@ -121,6 +134,7 @@ def _differences(want, state, missing, shapes, unexpected):
 # %% ../../nbs/23_models.weights.ipynb #c8e72214
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt')
 
+# %% ../../nbs/23_models.weights.ipynb #2c98ef28
 def read_state(path # A .safetensors file, or one that `torch.save` wrote
               ) -> dict:
     "Read the state dict of a file, without running any code in it. Raises `WeightsError`."
@@ -134,10 +148,13 @@ def read_state(path # A .safetensors file, or one that `torch.save` wrote
         return load_file(path)
     # a reader may raise anything on a broken file; the message names the file
     except Exception as e:
-        hint = f'If it is an exported learner that you trust, pass weights=load_learner({str(path)!r}). ' if path.suffix == '.pkl' else ''
-        raise WeightsError(f'{path} contains no weights that can be read safely ({type(e).__name__}: {_first_line(e)}). {hint}'
+        hint = (f'If it is an exported learner that you trust, pass weights=load_learner({str(path)!r}). '
+            if path.suffix == '.pkl' else '')
+        raise WeightsError(f'{path} contains no weights that can be read safely ({type(e).__name__}: '
+                           f'{_first_line(e)}). {hint}'
                            'Give a .safetensors file, or one written by torch.save(model.state_dict(), path)') from e
 
+# %% ../../nbs/23_models.weights.ipynb #3a6ccc83
 def body_state(source # A learner, a `Network` or any module
               ) -> dict:
     "The state dict of another network's body, with the names of its architecture."
@@ -145,6 +162,7 @@ def body_state(source # A learner, a `Network` or any module
     if not isinstance(net, Network): return net.state_dict()
     return {k: v for stage in net.stages for k, v in stage.state_dict().items()}
 
+# %% ../../nbs/23_models.weights.ipynb #33a21e06
 def _first_line(e): return (str(e).splitlines() or [''])[0]
 
 # %% ../../nbs/23_models.weights.ipynb #deec1880
@@ -156,6 +174,7 @@ def packaged_file(name: str # Name of an architecture
     found = [f for d in spec.submodule_search_locations for f in sorted(Path(d).glob('models/*.pth'))] if spec else []
     return found[0] if found else None
 
+# %% ../../nbs/23_models.weights.ipynb #90359b05
 def download(get,    # Function that downloads
              name,   # Name of the architecture
              file,   # Name of the file
@@ -166,5 +185,6 @@ def download(get,    # Function that downloads
     # hubs raise errors of many kinds, and each means that there are no weights
     except Exception as e:
         raise WeightsError(f"no weights for {name}: {file} is not in {folder}, and the download failed "
-                           f"({type(e).__name__}: {_first_line(e)}). If you are offline, put the file there, pass weights='path/to/file', or "
+                           f"({type(e).__name__}: {_first_line(e)}). If you are offline, put the file there, pass "
+                           f"weights='path/to/file', or "
                            "use weights=None for random weights") from e

@@ -31,10 +31,11 @@ def callback_state(
         elif _is_plain(v) and not _has_text(v): values[k] = v
     return dict(values=values, parts=parts)
 
-
+# %% ../../nbs/41_persist.callback_state.ipynb #85b707d2
 def _made_with(o):
     "Names of the arguments of an object's class and of the classes that it inherits from"
-    return {n for c in type(o).__mro__ if '__init__' in vars(c) and c is not object for n in inspect.signature(c.__init__).parameters}
+    return {n for c in type(o).__mro__ if '__init__' in vars(c) and c is not object
+            for n in inspect.signature(c.__init__).parameters}
 
 
 def _state_of(o):
@@ -48,13 +49,13 @@ def _has_text(v):
     if isinstance(v, (list, tuple, L)): return any(map(_has_text, v))
     return isinstance(v, (str, Path))
 
-
+# %% ../../nbs/41_persist.callback_state.ipynb #54f51b04
 def _is_plain(v):
     try: pack(v, {})
     except PackError: return False
     return True
 
-
+# %% ../../nbs/41_persist.callback_state.ipynb #12896ce3
 def load_callback_state(
     o,           # A callback, or a metric
     state:dict,  # From `callback_state`
@@ -66,7 +67,7 @@ def load_callback_state(
     for k, part in state.get('parts', {}).items():
         if k in _state_of(o): load_callback_state(vars(o)[k], part)
 
-
+# %% ../../nbs/41_persist.callback_state.ipynb #7b71e599
 def load_callback_states(
     cbs,         # Callbacks
     kept:list,   # [name of the class, state], in any order

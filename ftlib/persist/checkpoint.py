@@ -44,10 +44,12 @@ def fit_fingerprint(
 ) -> dict:         # name → value or digest
     "Fingerprint of a fit: its settings, network and data, for comparison on resume"
     train = learn.dls.train
-    about = dict(epochs=n_epoch, rates=[float(lr) for lr in lrs], schedule=_told(schedules), callbacks=[_setting(cb) for cb in [*learn.cbs, *cbs] if getattr(cb, 'is_setting', True)])
+    about = dict(epochs=n_epoch, rates=[float(lr) for lr in lrs], schedule=_told(schedules),
+                 callbacks=[_setting(cb) for cb in [*learn.cbs, *cbs] if getattr(cb, 'is_setting', True)])
     about['weight decay'] = None if wd is None else float(wd)
     about['optimizer'] = _told(learn.opt_func)
-    about['loss'], about['seed'], about['batch norm'] = _loss(learn.loss_func), getattr(learn, 'seed', None), [getattr(learn.model, 'bn', None), learn.train_bn]
+    about['loss'], about['seed'], about['batch norm'] = _loss(learn.loss_func), getattr(learn, 'seed',
+        None), [getattr(learn.model, 'bn', None), learn.train_bn]
     about['decay of norms and biases'] = learn.wd_bn_bias
     about['layers'] = _layers(learn.model)
     about['network'] = digest(*(f'{k} {tuple(v.shape)} {v.dtype}' for k, v in learn.model.state_dict().items()))
@@ -56,7 +58,7 @@ def fit_fingerprint(
     about['images, labels and transforms'] = [_images(dl) for dl in learn.dls.loaders]
     return about
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #67c17483
 def _setting(cb):
     "Class and arguments of a callback, as far as they are plain values"
     given = {k: vars(cb)[k] for k in inspect.signature(type(cb).__init__).parameters if k in vars(cb)}
@@ -64,7 +66,7 @@ def _setting(cb):
     told |= {k: _told(nets)[:8] for k, v in given.items() if (nets := _networks(v))}
     return f'{type(cb).__name__}({", ".join(f"{k}={v}" for k, v in told.items())})'
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #1e47a4f6
 def _networks(v):
     "The networks in an argument: modules, learners, or lists of them"
     found = [getattr(o, 'model', o) for o in (v if isinstance(v, (list, tuple)) else [v])]
@@ -75,19 +77,20 @@ def _loss(loss):
     "A name for a loss; one of fastai's by the loss of torch's within"
     return f'{type(loss).__name__} {_loss(loss.func)}' if isinstance(loss, BaseLoss) else _told(loss)
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #c0d5d05f
 def _layers(net):
     "A line per layer, as printed, and float attributes that are not printed"
     said = re.sub(r' at 0x[0-9a-f]+', '', str(net)).splitlines()
-    rates = [f'{name}: {type(m).__name__}({k}={v!r})' for name, m in net.named_modules() for k, v in sorted(vars(m).items()) if isinstance(v, float) and k not in getattr(m, '__constants__', ())]
+    rates = [f'{name}: {type(m).__name__}({k}={v!r})' for name, m in net.named_modules() for k,
+             v in sorted(vars(m).items()) if isinstance(v, float) and k not in getattr(m, '__constants__', ())]
     return [line.strip() for line in said] + rates
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #1747d879
 def _told(o):
     try: return identity(o, versions=False)  # a training may go on after an update
     except IdentityError: return type(o).__name__  # cannot be compared
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #2a7ccdd0
 def _images(dl):
     "Hash of the file names (without folders), sizes, labels and transforms of a loader; '' if they are not known"
     lists = getattr(dl.dataset, 'tls', None)
@@ -97,13 +100,14 @@ def _images(dl):
     fs = [f for o in (lists[0].tfms, dl.after_item, dl.before_batch, dl.after_batch) for f in o.fs]
     return digest(*names, str(targets_of(dl).tolist()), _told(fs))
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #2a411861
 def _name(item):
     source = getattr(item, 'source', item)
-    if isinstance(source, (str, Path)): return f'{Path(source).name} {os.stat(source).st_size}'  # the folder may have been moved
+    # the folder may have been moved
+    if isinstance(source, (str, Path)): return f'{Path(source).name} {os.stat(source).st_size}'
     return image_hash(source)
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #528fd511
 def difference(
     then:dict,  # A `fit_fingerprint`
     now:dict,   # Another one
@@ -113,7 +117,8 @@ def difference(
     for k in now:
         if then.get(k) == now[k]: continue
         old, new = then.get(k), now[k]
-        if k == 'layers' and old is not None: old, new = next(((a, b) for a, b in zip(old, new) if a != b), (f'{len(old)} lines', f'{len(new)} lines'))
+        if k == 'layers' and old is not None:
+            old, new = next(((a, b) for a, b in zip(old, new) if a != b), (f'{len(old)} lines', f'{len(new)} lines'))
         if k == 'callbacks': old, new = ([o for o in a if o not in b] for a, b in ((old, new), (new, old)))
         short = all(len(str(o)) < 100 for o in (old, new)) and not k.startswith(('network', 'images', 'schedule'))
         said.append(f'{k} {old} → {new}' if short else f'{"another" if k == "network" else "other"} {k}')
@@ -122,7 +127,7 @@ def difference(
 # %% ../../nbs/43_persist.checkpoint.ipynb #c681ce34
 _NAME = re.compile(r'(\d+)-(end|\d+(?:\.\d+)?)-[0-9a-f]{16}\.safetensors')
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #aa36dca2
 def _place(path):
     "Number of the fit and epoch, for sorting"
     fit, at = _NAME.fullmatch(path.name).groups()
@@ -133,18 +138,19 @@ def _files(folder):
     "Checkpoint files, newest first"
     return sorted((p for p in Path(folder).glob('*.safetensors') if _NAME.fullmatch(p.name)), key=_place, reverse=True)
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #1a9c67bf
 _OF_LEARNER = 'epoch', 'train_iter', 'pct_train'  # attributes of the learner in a checkpoint
 _VERSION = 3  # increase it when older states cannot be restored any more
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #8ed1d430
 def _read(path):
     "Read the state in a file, if it has this version"
     state = read_packed(path)
     if state.get('version') == _VERSION: return state
-    raise CheckpointError(f'{path} was written by another version of ftlib and cannot be restored by this one. Start the training in another folder.')
+    raise CheckpointError(f'{path} was written by another version of ftlib and cannot be restored by this one. Start '
+                          f'the training in another folder.')
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #90bdf935
 def checkpoints(
     folder,          # The folder of the checkpoints
 ) -> pd.DataFrame:   # fit, epoch ('end' for a finished fit), MB, file; newest first
@@ -153,35 +159,44 @@ def checkpoints(
     table = pd.DataFrame(rows, columns=['fit', 'epoch', 'MB', 'file'])
     return table.astype({'fit': int, 'epoch': object}).round({'MB': 1})
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #7181e2b9
 class Checkpoint:
     "Checkpoint policy: directory, frequency, number kept"
     def __init__(self,
         folder,                  # Created if missing
-        keep:int=2,              # Number of latest checkpoints kept of the current fit, besides the best and those of finished fits
+        # Number of latest checkpoints kept of the current fit, besides the best and those of finished fits
+        keep:int=2,
         every:int|None=None,     # Also write one after every so many steps
         monitor:str='valid_loss', # Column of the history that decides which checkpoint is the best
         mode:str|None=None,      # 'min' or 'max', for a metric that does not declare its direction
     ):
-        if keep < 1 or (every is not None and every < 1): raise CheckpointError(f'keep={keep!r}, every={every!r}: give 1 or more for each.')
-        self.folder, self.keep, self.every, self.monitor, self.mode = Path(folder), keep, every, monitor, checked_mode(mode)
+        if keep < 1 or (every is not None and every < 1):
+            raise CheckpointError(f'keep={keep!r}, every={every!r}: give 1 or more for each.')
+        self.folder, self.keep, self.every, self.monitor, self.mode = (Path(folder), keep, every, monitor,
+            checked_mode(mode))
 
     def begin(self, learn, about, resume):
         "Prepare a fit: returns the state to resume from, or None"
-        if not hasattr(learn, 'epoch_log'): raise CheckpointError('cannot write checkpoints for a learner with default_cbs=False, because it has no history.')
+        if not hasattr(learn, 'epoch_log'):
+            raise CheckpointError('cannot write checkpoints for a learner with default_cbs=False, because it has no '
+                                  'history.')
         self.lower = lower_is_better(learn, self.monitor, self.mode)
         self.folder.mkdir(parents=True, exist_ok=True)
         learn.fits_kept, self.place = dict(learn.fits_kept), str(self.folder.resolve())
-        self.fit, self.about, self.best, self.before = learn.fits_kept.get(self.place, 0) + 1, about, None, len(learn.epoch_log.rows)
+        self.fit, self.about, self.best, self.before = learn.fits_kept.get(self.place,
+            0) + 1, about, None, len(learn.epoch_log.rows)
         if not resume:
             if self.fit == 1 and _files(self.folder): raise CheckpointError(
-                f'{self.folder} already contains checkpoints ({_files(self.folder)[0].name}). Use resume=True to resume that training, or another folder.')
+                f'{self.folder} already contains checkpoints ({_files(self.folder)[0].name}). Use resume=True to '
+                f'resume that training, or another folder.')
             return None
         for p in self.folder.glob('*.new'):
             if time.time() - p.stat().st_mtime > 3600: p.unlink(missing_ok=True)  # from a process that was killed
         state = self._newest()
         if state is None: return None
-        if differs := difference(state['about'], about): raise CheckpointError(f'cannot resume fit {self.fit} in {self.folder}, settings differ: {differs}. Use the same settings or another folder.')
+        if differs := difference(state['about'], about):
+            raise CheckpointError(f'cannot resume fit {self.fit} in {self.folder}, settings differ: {differs}. Use the '
+                                  f'same settings or another folder.')
         self.best, self.before = state['best'], state['before']
         return state
 
@@ -198,20 +213,25 @@ class Checkpoint:
         write_line(f'Fit {self.fit} in {self.folder} is finished already; its weights and its history are restored.')
 
     def save(self, learn, epoch, step=0, start=None, end=False):
-        "Write a checkpoint after `epoch` epochs and `step` steps of the next one, whose pass began with the random states `start`"
+        """Write a checkpoint after `epoch` epochs and `step` steps of the next one, whose pass began with the random
+        states `start`"""
         if end: learn.fits_kept[self.place] = self.fit
         at = 'end' if end else f'{epoch:04}' + (f'.{step:06}' if step else '')
         stem = f'{self.fit:02}-{at}'
         if not step: self._judge(learn, stem)
         policy = learn.precision_policy
-        state = dict(version=_VERSION, about=self.about, epoch=epoch, step=step, end=end, before=self.before, best=self.best, start=start,
-                     precision_policy=None if policy is None else [policy.dtype, policy.channels_last], microbatch_size=learn.microbatch_size, frozen_to=getattr(learn.opt, 'frozen_idx', 0),
+        state = dict(version=_VERSION, about=self.about, epoch=epoch, step=step, end=end, before=self.before,
+        best=self.best, start=start,
+                     precision_policy=None if policy is None else [policy.dtype, policy.channels_last],
+                     microbatch_size=learn.microbatch_size, frozen_to=getattr(learn.opt, 'frozen_idx', 0),
                      learner={k: vars(learn)[k] for k in _OF_LEARNER if k in vars(learn)},
-                     trained=training_state(learn), gradients=_gradients(learn.model), random=random_states(*learn.dls.loaders),
+                     trained=training_state(learn), gradients=_gradients(learn.model),
+                     random=random_states(*learn.dls.loaders),
                      callbacks=[[type(cb).__name__, callback_state(cb)] for cb in learn.cbs])
         try: path = write_packed(self.folder, stem, state)
         except (OSError, PackError) as e:
-            warnings.warn(f'could not write checkpoint {stem} to {self.folder} ({getattr(e, "strerror", None) or e}). Training continues; earlier checkpoints are kept.')
+            warnings.warn(f'could not write checkpoint {stem} to {self.folder} ({getattr(e, "strerror", None) or e}). '
+                          f'Training continues; earlier checkpoints are kept.')
         else: self._tidy(path)
 
     def _judge(self, learn, stem):
@@ -228,7 +248,7 @@ class Checkpoint:
         for p in mine[1:] if ended else mine[self.keep:]:
             if self.best is None or not p.name.startswith(f'{self.best[1]}-'): p.unlink(missing_ok=True)
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #c75688b8
 def _gradients(model):
     "Accumulated gradients that wait for a step"
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -241,19 +261,21 @@ def restore_model(learn, state):
     if state['precision_policy'] is not None: learn.precision_policy = PrecisionPolicy(*state['precision_policy'])
     for k, p in learn.model.state_dict(keep_vars=True).items():  # the same memory layout gives bit-identical sums
         there = state['trained']['model'][k]
-        if p.stride() != there.stride(): p.data = torch.empty_strided(p.shape, there.stride(), dtype=p.dtype, device=p.device)
+        if p.stride() != there.stride():
+            p.data = torch.empty_strided(p.shape, there.stride(), dtype=p.dtype, device=p.device)
     load_training_state(learn, state['trained'])
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #a10fb3c6
 def restore_fit(learn, state):
     "Restore everything, inside the resumed fit"
     restore_model(learn, state)
-    for k, p in learn.model.named_parameters(): p.grad = state['gradients'][k].to(p.device) if k in state['gradients'] else None
+    for k, p in learn.model.named_parameters():
+        p.grad = state['gradients'][k].to(p.device) if k in state['gradients'] else None
     vars(learn).update({k: state['learner'][k] for k in _OF_LEARNER if k in state['learner']})
     load_callback_states(learn.cbs, state['callbacks'])
     restore_random_states(state['random'], *learn.dls.loaders)
 
-
+# %% ../../nbs/43_persist.checkpoint.ipynb #1c5f2570
 def load_checkpoint(
     learn,             # A learner with the same network
     folder,            # The folder of the checkpoints
@@ -270,8 +292,10 @@ def load_checkpoint(
         if which == 'best' and state['best'] is not None:
             best = next((p for p in files[i:] if p.name.startswith(f'{state["best"][1]}-')), None)
             if best is not None and best != path: state = _read(best)
-        shapes = [{k: tuple(v.shape) for k, v in s.items()} for s in (state['trained']['model'], learn.model.state_dict())]
-        if shapes[0] != shapes[1]: raise CheckpointError(f'{path} belongs to another network: {difference(*shapes) or "other layers"}.'[:600])
+        shapes = [{k: tuple(v.shape) for k, v in s.items()}
+                  for s in (state['trained']['model'], learn.model.state_dict())]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(f'{path} belongs to another network: {difference(*shapes) or "other layers"}.'[:600])
         if learn.opt is None: learn.create_opt()
         restore_model(learn, state)
         load_callback_states([learn.epoch_log], state['callbacks'])

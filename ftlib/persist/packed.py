@@ -29,28 +29,33 @@ def pack(
     if o is None or isinstance(o, (bool, int, float, str)) and type(o).__module__ == 'builtins': return o
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, torch.Tensor): return _kept(o, tensors)
-    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf' and o.dtype.itemsize <= 8: return {'$array': _named(torch.from_numpy(np.ascontiguousarray(o)), tensors), 'dtype': str(o.dtype)}
+    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf' and o.dtype.itemsize <= 8:
+        return {'$array': _named(torch.from_numpy(np.ascontiguousarray(o)), tensors), 'dtype': str(o.dtype)}
     if isinstance(o, Path): return {'$path': str(o)}
     if isinstance(o, dict):
-        if all(isinstance(k, str) and not k.startswith('$') for k in o): return {k: pack(v, tensors, f'{at}.{k}') for k, v in o.items()}
+        if all(isinstance(k, str) and not k.startswith('$') for k in o):
+            return {k: pack(v, tensors, f'{at}.{k}') for k, v in o.items()}
         return {'$dict': [[pack(k, tensors, f'{at} key'), pack(v, tensors, f'{at}[{k!r}]')] for k, v in o.items()]}
     if isinstance(o, (list, tuple, L)): return _packed_list(o, tensors, at)
-    raise PackError(f'{at} is a {type(o).__name__}, which cannot be saved: use numbers, text, lists, dictionaries, arrays and tensors.')
+    raise PackError(f'{at} is a {type(o).__name__}, which cannot be saved: use numbers, text, lists, dictionaries, '
+                    f'arrays and tensors.')
 
-
+# %% ../../nbs/40_persist.packed.ipynb #af995bc4
 def _packed_list(o, tensors, at):
     kind = '$tuple' if isinstance(o, tuple) else '$L' if isinstance(o, L) else None
-    if len(o) > 1 and all(isinstance(v, torch.Tensor) and v.ndim == 0 and (v.dtype, v.device) == (o[0].dtype, o[0].device) for v in o):
-        values = {'$numbers': _kept(torch.stack([v.detach() for v in o]), tensors)}  # one loss per step: one tensor for all
+    if len(o) > 1 and all(isinstance(v, torch.Tensor) and v.ndim == 0
+                          and (v.dtype, v.device) == (o[0].dtype, o[0].device) for v in o):
+        # one loss per step: one tensor for all
+        values = {'$numbers': _kept(torch.stack([v.detach() for v in o]), tensors)}
     else: values = [pack(v, tensors, f'{at}[{i}]') for i, v in enumerate(o)]
     return values if kind is None else {kind: values}
 
-
+# %% ../../nbs/40_persist.packed.ipynb #5150ecd3
 def _named(t, tensors):
     tensors[name := f't{len(tensors)}'] = t
     return name
 
-
+# %% ../../nbs/40_persist.packed.ipynb #edd9b67d
 def _kept(t, tensors):
     plain = t.detach().as_subclass(torch.Tensor)
     about = {'$tensor': _named(plain.cpu().contiguous(), tensors)}
@@ -58,7 +63,7 @@ def _kept(t, tensors):
     if not t.is_contiguous(): about['strides'] = list(t.stride())
     return about
 
-
+# %% ../../nbs/40_persist.packed.ipynb #0a782aac
 def unpack(
     o,             # By `pack`
     tensors,       # name → tensor
@@ -75,7 +80,7 @@ def unpack(
     if '$numbers' in o: return [*unpack(o['$numbers'], tensors)]
     return {k: unpack(v, tensors) for k, v in o.items()}
 
-
+# %% ../../nbs/40_persist.packed.ipynb #4a0be425
 def _with_strides(t, device='cpu', strides=None):
     if device.startswith('cuda') and torch.cuda.is_available(): t = t.to(device)
     return t if strides is None else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
@@ -97,15 +102,17 @@ def write_packed(
     with atomic_write(path) as f: f.write(data)
     return path
 
-
+# %% ../../nbs/40_persist.packed.ipynb #4a05691c
 def read_packed(
     path,  # As `write_packed` named it
 ):
     "Read the state. Raises `DamagedError` if the checksum in the name does not match."
     path = Path(path)
     if _digest(path.read_bytes()) != path.stem.rpartition('-')[2]:
-        raise DamagedError(f'{path} is damaged: the checksum of its {path.stat().st_size:,} bytes does not match its name.')
-    with safe_open(path, 'pt') as f: return unpack(json.loads(f.metadata()['ftlib']), {k: f.get_tensor(k) for k in f.keys()})
+        raise DamagedError(f'{path} is damaged: the checksum of its {path.stat().st_size:,} bytes does not match its '
+                           f'name.')
+    with safe_open(path, 'pt') as f:
+        return unpack(json.loads(f.metadata()['ftlib']), {k: f.get_tensor(k) for k in f.keys()})
 
-
+# %% ../../nbs/40_persist.packed.ipynb #581aea7f
 def _digest(data): return hashlib.blake2b(data, digest_size=8).hexdigest()

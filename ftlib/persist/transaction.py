@@ -30,7 +30,7 @@ def snapshot(
             vars(o).update(attributes)
     return restore
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #23a6df52
 @contextmanager
 def preserve_attributes(
     *objects,  # Anything with attributes
@@ -40,18 +40,21 @@ def preserve_attributes(
     try: yield
     finally: restore()
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #64daab6a
 def learner_parts(learn):  # A learner
-    "The learner, its callbacks, and the metrics and running means that they update in place, for `preserve_attributes`."
-    means = {id(o): o for part in (*learn.cbs, *getattr(learn, 'metrics', ())) for o in (part, *vars(part).values()) if isinstance(o, Metric)}
+    """The learner, its callbacks, and the metrics and running means that they update in place, for
+    `preserve_attributes`."""
+    means = {id(o): o for part in (*learn.cbs, *getattr(learn, 'metrics', ())) for o in (part, *vars(part).values())
+             if isinstance(o, Metric)}
     return [learn, *learn.cbs, *means.values()]
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #af132261
 @contextmanager
 def kept_callbacks(
     learn,  # A learner
 ):
-    "Context manager: afterwards the learner has the callbacks it had, and `learn.recorder` and the like for each of them and no other."
+    """Context manager: afterwards the learner has the callbacks it had, and `learn.recorder` and the like for each of
+    them and no other."""
     cbs = learn.cbs
     before = list(cbs)
     try: yield
@@ -61,7 +64,7 @@ def kept_callbacks(
             learn.cbs = cbs
             cbs.items[:] = before
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #b8b66ade
 @contextmanager
 def preserve_modes(
     model,  # A module
@@ -72,7 +75,7 @@ def preserve_modes(
     finally:
         for m, training in modes.items(): m.training = training
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #a35d9b89
 @contextmanager
 def eval_mode(
     model,  # A module
@@ -80,7 +83,7 @@ def eval_mode(
     "Context manager that sets evaluation mode and restores the mode of every layer afterwards."
     with preserve_modes(model): yield model.eval()
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #05d30d33
 @contextmanager
 def preserve_weights(
     model:torch.nn.Module,  # Its trainable parameters and its buffers are copied, which takes as much memory
@@ -96,32 +99,36 @@ def preserve_weights(
         for m, mode in modes.items(): m.training = mode
         for p, want in wants.items(): p.requires_grad_(want).grad = None
 
+# %% ../../nbs/42_persist.transaction.ipynb #3649a084
+_HOOKS = [f'_{kind}hooks{rest}' for kind in ('forward_', 'forward_pre_', 'backward_', 'backward_pre_')
+          for rest in ('', '_with_kwargs', '_always_called')]
 
-_HOOKS = [f'_{kind}hooks{rest}' for kind in ('forward_', 'forward_pre_', 'backward_', 'backward_pre_') for rest in ('', '_with_kwargs', '_always_called')]
-
-
+# %% ../../nbs/42_persist.transaction.ipynb #c624e7a6
 def hooks_snapshot(
     model:torch.nn.Module,
 ):             # A function that restores them
     "Save the hooks of all layers; returns a function that removes added hooks and restores removed ones."
-    before = [(hooks, dict(hooks)) for m in model.modules() for hooks in (vars(m).get(k) for k in _HOOKS) if hooks is not None]
+    before = [(hooks, dict(hooks)) for m in model.modules() for hooks in (vars(m).get(k) for k in _HOOKS)
+              if hooks is not None]
     def restore():
         for hooks, old in before:
             hooks.clear()
             hooks.update(old)
     return restore
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #d7451396
 def optimizer_state(
     opt,           # fastai's optimizer, or a wrapped torch one
 ) -> dict:         # Copies
     "Momenta and hyper-parameters, for `load_optimizer_state`."
-    if isinstance(opt, Lookahead): return optimizer_state(opt.opt) | dict(count=opt.count, slow_weights=copy.deepcopy(opt.slow_weights))
+    if isinstance(opt, Lookahead):
+        return optimizer_state(opt.opt) | dict(count=opt.count, slow_weights=copy.deepcopy(opt.slow_weights))
     inner = getattr(opt, 'opt', None)
     if inner is not None: return copy.deepcopy(inner.state_dict())
-    return copy.deepcopy(dict(state=[opt.state.get(p, {}) for l in opt.param_lists for p in l], hypers=list(opt.hypers)))
+    return copy.deepcopy(dict(state=[opt.state.get(p, {}) for l in opt.param_lists for p in l],
+                              hypers=list(opt.hypers)))
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #ab437a8b
 def load_optimizer_state(
     opt,         # The optimizer of `optimizer_state`, or one over the same parameters
     state:dict,  # Is copied
@@ -138,20 +145,21 @@ def load_optimizer_state(
         h.clear()
         h.update(old)
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #166330e4
 def training_state(
     learn,         # A learner whose optimizer has been created
 ) -> dict:         # Copies on the CPU
     "Weights, statistics and optimizer state."
-    return dict(model={k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()}, opt=optimizer_state(learn.opt))
+    return dict(model={k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()},
+                opt=optimizer_state(learn.opt))
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #bfa9cef8
 def load_training_state(learn, state:dict):
     "Restore weights, statistics and optimizer state; `state` can be used several times."
     learn.model.load_state_dict(state['model'])
     load_optimizer_state(learn.opt, state['opt'])
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #2a3234f1
 @contextmanager
 def preserve_optimizer(
     opt,  # fastai's optimizer, or a wrapped torch one
@@ -161,7 +169,7 @@ def preserve_optimizer(
     try: yield
     finally: load_optimizer_state(opt, state)
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #4f67cfad
 def random_states(
     *loaders,     # fastai data loaders, each with its own random state (`rng`)
 ) -> dict:
@@ -170,7 +178,7 @@ def random_states(
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 loaders=[d.rng.getstate() if hasattr(d, 'rng') else None for d in loaders])
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #b1ef22ed
 def restore_random_states(
     states:dict,  # From `random_states`
     *loaders,     # The same number of loaders
@@ -185,7 +193,7 @@ def restore_random_states(
         d.rng = random.Random()
         d.rng.setstate(state)
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #aaa24679
 @contextmanager
 def preserve_rng(
     *loaders,  # fastai data loaders, each with its own random state (`rng`)
@@ -195,7 +203,7 @@ def preserve_rng(
     try: yield
     finally: restore_random_states(states, *loaders)
 
-
+# %% ../../nbs/42_persist.transaction.ipynb #4958264b
 @contextmanager
 def preserve_learner(
     learn,  # A learner whose optimizer has been created

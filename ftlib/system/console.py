@@ -16,20 +16,22 @@ def shows_bars() -> bool:
     "Is the output a notebook or a terminal, which can show progress bars?"
     return IN_NOTEBOOK or bool(getattr(sys.stdout, 'isatty', lambda: False)())
 
-
+# %% ../../nbs/04_system.console.ipynb #733730a5
 def write_line(text):
     "Print a line; characters that the output does not know are replaced."
     try: print(text, flush=True)
-    except UnicodeEncodeError: print(text.encode(sys.stdout.encoding, 'replace').decode(sys.stdout.encoding), flush=True)
+    except UnicodeEncodeError:
+        print(text.encode(sys.stdout.encoding, 'replace').decode(sys.stdout.encoding), flush=True)
 
-
+# %% ../../nbs/04_system.console.ipynb #289aff86
 def say(learn, line):
     "Print a line unless logging is off"
     if learn.logger is not noop: write_line(line)
 
 # %% ../../nbs/04_system.console.ipynb #5f96ef55
 def close_unseen():
-    "Close the figure that was drawn last where nobody can see it: in a script whose figures go to files. There each would stay in memory."
+    """Close the figure that was drawn last where nobody can see it: in a script whose figures go to files. There each
+    would stay in memory."""
     import matplotlib.pyplot as plt
     from matplotlib import get_backend
     if not IN_NOTEBOOK and get_backend().lower() in ('agg', 'svg', 'pdf', 'ps', 'cairo', 'template'): plt.close()

@@ -29,20 +29,24 @@ except ImportError: fcntl = None  # not on Windows
 # %% ../../nbs/02_system.files.ipynb #d2dc99c4
 def cache_folder() -> Path:
     "Folder of ftlib's caches: `$FTLIB_CACHE`, or `~/.cache/ftlib`"
-    return Path(os.environ.get("FTLIB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ftlib")
+    return Path(os.environ.get("FTLIB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME")
+                                                      or "~/.cache").expanduser() / "ftlib")
 
-
+# %% ../../nbs/02_system.files.ipynb #cfac18d2
 @contextmanager
 def atomic_write(
     path,               # A file
-    may_fail:bool=False, # A file of the cache: readable by this user only; no exception if it cannot be moved to its place (folder deleted, disk full)
+    # A file of the cache: readable by this user only; no exception if it cannot be moved to its place (folder deleted,
+    # disk full)
+    may_fail:bool=False,
 ):
     "Context manager for a temporary file that replaces `path` when it is on the disk, and is deleted if anything fails"
     path = Path(path)
     new = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.new")
     try:
         with open(new, "w+b") as f:
-            if fcntl is not None: fcntl.flock(f, fcntl.LOCK_SH)  # while the lock is held, other processes do not delete the file as unfinished
+            # while the lock is held, other processes do not delete the file as unfinished
+            if fcntl is not None: fcntl.flock(f, fcntl.LOCK_SH)
             if may_fail: os.chmod(new, 0o600)
             yield f
             try:
@@ -56,14 +60,14 @@ def atomic_write(
         try: new.unlink(missing_ok=True)
         except OSError: pass
 
-
+# %% ../../nbs/02_system.files.ipynb #55e4ae8a
 def is_own(
     s,  # Result of `os.stat`
 ) -> bool:
     "Does it belong to this user, and is it not writable by others?"
     return not hasattr(os, "getuid") or s.st_uid == os.getuid() and not s.st_mode & 0o022
 
-
+# %% ../../nbs/02_system.files.ipynb #f8c82802
 def own_folder(
     path,  # A folder of the cache; created if missing
 ) -> Path:
@@ -72,14 +76,15 @@ def own_folder(
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     mine = not hasattr(os, "getuid") or (s := path.stat()).st_uid == os.getuid()
     if mine and not is_own(path.stat()): path.chmod(s.st_mode & ~0o022 & 0o7777)
-    if not mine or not is_own(path.stat()): raise PermissionError(errno.EACCES, "it belongs to another user, or others can write it", str(path))
+    if not mine or not is_own(path.stat()):
+        raise PermissionError(errno.EACCES, "it belongs to another user, or others can write it", str(path))
     return path
 
-
+# %% ../../nbs/02_system.files.ipynb #f218564c
 # In any folder of the user's, only files with names of ftlib's form are read, listed and deleted.
 _OURS = re.compile(r"([0-9a-f]{32}|(\d+|None)v\d+)-[0-9a-f]{32}\.(bin|json)(?P<new>\.\d+\.\d+\.new)?")
 
-
+# %% ../../nbs/02_system.files.ipynb #b62749b3
 def own_files(
     folder,        # Of the cache
     start="",      # Prefix of the names
@@ -88,17 +93,18 @@ def own_files(
     "Files in `folder` that ftlib wrote for this user; none if the folder belongs to another user."
     try:
         if not is_own(os.stat(folder)): return []
-        names = [n for n in sorted(os.listdir(folder)) if n.startswith(start) and (m := _OURS.fullmatch(n)) and (m["new"] is not None) == unfinished]
+        names = [n for n in sorted(os.listdir(folder)) if n.startswith(start) and (m := _OURS.fullmatch(n))
+                 and (m["new"] is not None) == unfinished]
     except OSError: return []
     return [p for p in (Path(folder, n) for n in names) if _is_own_file(p)]
 
-
+# %% ../../nbs/02_system.files.ipynb #1aaf0e7e
 def _is_own_file(path):
     try: s = os.lstat(path)
     except OSError: return False
     return stat.S_ISREG(s.st_mode) and is_own(s)
 
-
+# %% ../../nbs/02_system.files.ipynb #7f64767e
 def _is_left_behind(path):
     "Is it an unfinished file of a process that has ended?"
     try:
@@ -107,7 +113,7 @@ def _is_left_behind(path):
     except OSError: return False
     return True
 
-
+# %% ../../nbs/02_system.files.ipynb #c2a028f8
 def read_list(
     path,  # A .json file of the cache
 ):         # (list, its open .bin file), or None if they are damaged, missing, or not this user's
@@ -123,7 +129,7 @@ def read_list(
         return about, data
     data.close()
 
-
+# %% ../../nbs/02_system.files.ipynb #64de8e28
 def write_list(
     path,  # A .json file of the cache
     about, # Content of its .bin file; 'bytes' is its length
@@ -133,16 +139,17 @@ def write_list(
         with atomic_write(path, may_fail=True) as f: f.write(json.dumps(about).encode())
     except OSError: pass
 
-
+# %% ../../nbs/02_system.files.ipynb #f64542cc
 def checksum(
     data,  # Bytes, or an array
 ) -> int:
     "Checksum: a CRC of the sums of 4 kB blocks, as fast as memory"
-    b = np.frombuffer(data, np.uint8) if isinstance(data, (bytes, bytearray, memoryview)) else data.reshape(-1).view(np.uint8)
+    b = np.frombuffer(data, np.uint8) if isinstance(data,
+                                                    (bytes, bytearray, memoryview)) else data.reshape(-1).view(np.uint8)
     n = len(b) // 4096 * 4096
     return zlib.crc32(b[n:].tobytes(), zlib.crc32(b[:n].view("<u8").reshape(-1, 512).sum(1)))
 
-
+# %% ../../nbs/02_system.files.ipynb #6fe2c731
 def evict_lru(
     folder,   # Contains .bin files, each with a .json file that describes it
     limit,    # Bytes
@@ -163,19 +170,20 @@ def evict_lru(
     for p in own_files(folder, unfinished=True):
         if _is_left_behind(p): p.unlink(missing_ok=True)
 
-
+# %% ../../nbs/02_system.files.ipynb #4c2ef36d
 def _kept():
     "The files of each cache"
     for kind in ("features", "images"): yield kind, own_files(cache_folder() / kind)
 
-
+# %% ../../nbs/02_system.files.ipynb #33e73370
 def cache_table() -> pd.DataFrame:  # kind, files, MB, last used
     "The contents of `cache_folder()`"
     rows = [(kind, [p.stat() for p in files if p.exists()]) for kind, files in _kept() if files]
     return pd.DataFrame([dict(kind=kind, files=len(s), MB=round(sum(o.st_size for o in s) / 1e6, 1),
-                              **{"last used": pd.Timestamp(max(o.st_mtime for o in s), unit="s").round("s")}) for kind, s in rows])
+                              **{"last used": pd.Timestamp(max(o.st_mtime for o in s), unit="s").round("s")}) for kind,
+                              s in rows])
 
-
+# %% ../../nbs/02_system.files.ipynb #41e21ac2
 def clear_cache():
     "Delete the caches; processes that have mapped a file can still use it, one that writes goes on writing"
     for kind, files in _kept():
@@ -193,13 +201,15 @@ def names_the_file(file):
         if not any(s in str(e) for s in ('PytorchStreamReader', 'zip archive', 'unexpected EOF', 'corrupted')): raise
         damage = e
     else: return
-    raise DamagedError(f'{file} is damaged or cut short, and cannot be loaded ({damage}). Write it again, or copy it again.') from damage
+    raise DamagedError(f'{file} is damaged or cut short, and cannot be loaded ({damage}). Write it again, or copy it '
+                       f'again.') from damage
 
 # %% ../../nbs/02_system.files.ipynb #133b4880
 def local_copy(
     *names,         # Names of a folder of images or of a file of weights, the preferred one first
 ) -> Path|None:
-    "A copy in the folder that `$FTLIB_DATA` names, in its folders `data` and `weights`, or in the folder `weights` beside it."
+    """A copy in the folder that `$FTLIB_DATA` names, in its folders `data` and `weights`, or in the folder `weights`
+    beside it."""
     if not (root := os.environ.get("FTLIB_DATA")): return None
     root = Path(root).expanduser().resolve()
     places = [root, root / "data", root / "weights", root.parent / "weights"]

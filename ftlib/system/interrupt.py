@@ -15,7 +15,7 @@ class TrainingStopped(KeyboardInterrupt):
     "Training was stopped by Ctrl-C. Jupyter shows its message in place of a traceback."
     def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
 
-
+# %% ../../nbs/01_system.interrupt.ipynb #8a9ac974
 class _Guard:
     "State shared by the signal handler and the training loop"
     requested = False
@@ -24,26 +24,28 @@ class _Guard:
         if self.requested: raise TrainingStopped("stopped at once, by a second Ctrl-C")
         self.requested = True
 
-
+# %% ../../nbs/01_system.interrupt.ipynb #adf1ef3e
 _active = []  # The guard that handles the signal, or empty
 
-
+# %% ../../nbs/01_system.interrupt.ipynb #d6fd32e5
 def check_stop():
     "Raise `TrainingStopped` if Ctrl-C was pressed since `stop_between_batches` began."
-    if not _active or not _active[0].requested or threading.current_thread() is not threading.main_thread(): return  # another thread leaves it to the one that was meant
+    # another thread leaves it to the one that was meant
+    if not _active or not _active[0].requested or threading.current_thread() is not threading.main_thread(): return
     _active[0].requested = False
     raise TrainingStopped("stopped by Ctrl-C")
 
-
+# %% ../../nbs/01_system.interrupt.ipynb #9750ce76
 def _has_default_handler():
     "Does Ctrl-C raise `KeyboardInterrupt` in this thread? A handler of the user's own is left alone"
     main = threading.current_thread() is threading.main_thread()
     return main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-
+# %% ../../nbs/01_system.interrupt.ipynb #5024b152
 @contextmanager
 def stop_between_batches():
-    "Context manager that delays Ctrl-C until the next `check_stop()`, or until it ends. Nested ones leave it to the outermost."
+    """Context manager that delays Ctrl-C until the next `check_stop()`, or until it ends. Nested ones leave it to the
+    outermost."""
     if _active or not _has_default_handler():
         yield
         return

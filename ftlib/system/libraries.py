@@ -22,14 +22,14 @@ _PACKAGES = {'fastai', 'fastcore', 'fasttransform', 'ftlib', 'torch', 'torchvisi
 FASTAI_FAMILY = {'fastai', 'fastcore', 'fasttransform', 'ftlib'}
 _STDLIB = tuple({os.path.realpath(sysconfig.get_path(p)) + os.sep for p in ('stdlib', 'platstdlib')})
 
-
+# %% ../../nbs/05_system.libraries.ipynb #36cac9cd
 @cache
 def _is_library_file(file):
     parts = Path(file).parts
     if 'site-packages' in parts or 'dist-packages' in parts: return True
     return file.startswith('<frozen') or os.path.realpath(file).startswith(_STDLIB)
 
-
+# %% ../../nbs/05_system.libraries.ipynb #075b5058
 def package_of(
     o,  # A class, or the name of a module
 ) -> str:
@@ -37,7 +37,7 @@ def package_of(
     name = o if isinstance(o, str) else getattr(o, '__module__', None)
     return name.partition('.')[0] if isinstance(name, str) else ''
 
-
+# %% ../../nbs/05_system.libraries.ipynb #bd769eaf
 def is_library_module(
     name,       # Of a module
     file=None,  # Its file, if known
@@ -48,17 +48,19 @@ def is_library_module(
     file = file or getattr(sys.modules.get(name), '__file__', None)
     return bool(file) and _is_library_file(file)
 
-
+# %% ../../nbs/05_system.libraries.ipynb #d023b6bb
 def is_library_function(f) -> bool:
-    "Does the function belong to an installed library? By its globals, since `functools.wraps` changes its name and module."
+    """Does the function belong to an installed library? By its globals, since `functools.wraps` changes its name and
+    module."""
     return is_library_module(f.__globals__.get('__name__'), f.__globals__.get('__file__'))
 
-
+# %% ../../nbs/05_system.libraries.ipynb #bc4c2481
 def is_library_class(cls) -> bool:
     "Does the class?"
-    return not isinstance(cls.__module__, str) or is_library_module(cls.__module__)  # metaclasses in C may have no module
+    # metaclasses in C may have no module
+    return not isinstance(cls.__module__, str) or is_library_module(cls.__module__)
 
-
+# %% ../../nbs/05_system.libraries.ipynb #642a1317
 def is_fastai_transform(
     f,  # A transform
 ) -> bool:
@@ -68,14 +70,14 @@ def is_fastai_transform(
     functions = [m.implementation for m in encodes.methods] if isinstance(encodes, plum.Function) else []
     return all(package_of(getattr(g, '__globals__', {}).get('__name__', g)) in FASTAI_FAMILY for g in functions)
 
-
+# %% ../../nbs/05_system.libraries.ipynb #831ccbfe
 def version_of(
     name,  # Of a module
 ) -> str:
     "The version of its package, or ''"
     return str(getattr(sys.modules.get(package_of(name)), '__version__', ''))
 
-
+# %% ../../nbs/05_system.libraries.ipynb #3b07551e
 @cache
 def own_file(
     name,  # Of a module that is not imported yet

@@ -19,9 +19,11 @@ def as_text(
     "Text with an apostrophe before it, where a spreadsheet would take it for a formula."
     if isinstance(value, Path): value = str(value)
     if not isinstance(value, str): return value
-    return f"'{value}" if value.lstrip()[:1] in ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d', '\uff20') and value.strip() or value[:1] in ('\t', '\r', '\n') else value
+    return f"'{value}" if value.lstrip()[:1] in ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d',
+                                                 '\uff20') and value.strip() or value[:1] in ('\t', '\r',
+                                                 '\n') else value
 
-
+# %% ../../nbs/03_system.tables.ipynb #ce3e1720
 def csv_text(
     table:pd.DataFrame,
     index=False,      # The names of the rows too
@@ -30,14 +32,15 @@ def csv_text(
     "A table as CSV without formulas."
     plain = table.copy()
     for i, dtype in enumerate(table.dtypes):
-        if not pd.api.types.is_numeric_dtype(dtype): plain.isetitem(i, pd.Series([as_text(v) for v in table.iloc[:, i].astype(object)], table.index, object))
+        if not pd.api.types.is_numeric_dtype(dtype):
+            plain.isetitem(i, pd.Series([as_text(v) for v in table.iloc[:, i].astype(object)], table.index, object))
     plain.columns = [as_text(c) for c in table.columns]
     if index:
         plain.index = pd.Index([as_text(v) for v in table.index], name=table.index.name)
         if kwargs.get('index_label') is not None: kwargs['index_label'] = as_text(kwargs['index_label'])
     return plain.to_csv(index=index, **kwargs).encode(errors='backslashreplace')
 
-
+# %% ../../nbs/03_system.tables.ipynb #b2085411
 def write_csv(
     table:pd.DataFrame,
     path,             # The file; is written whole or not at all

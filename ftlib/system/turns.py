@@ -19,12 +19,15 @@ class Turns:
     @contextmanager
     def turn(self, trains=False):
         while not self.lock.acquire(timeout=.02 if self.trains else .2):
-            if self.trains: raise TrainError('this learner is training in another thread: ask it when the fit is over, or ask a copy that was made before (`copy.deepcopy(learn)`).')
+            if self.trains:
+                raise TrainError('this learner is training in another thread: ask it when the fit is over, or ask a '
+                                 'copy that was made before (`copy.deepcopy(learn)`).')
         self.trains, self.depth, depth = self.trains + trains, self.depth + 1, self.depth
         try: yield
         finally:
             self.trains -= trains
-            while self.depth > depth: self.__exit__()  # fastai's own turns too, which stay if the first event of a validation raises
+            # fastai's own turns too, which stay if the first event of a validation raises
+            while self.depth > depth: self.__exit__()
 
     def __enter__(self):
         self.lock.acquire()

@@ -36,12 +36,14 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.net, self.size, self.columns = net, size, columns
-        for name, stats in (('student_stats', student_stats), ('teacher_stats', teacher_stats)): self.register_buffer(name, None if stats is None else _stats(stats))
+        for name, stats in (('student_stats', student_stats), ('teacher_stats', teacher_stats)):
+            self.register_buffer(name, None if stats is None else _stats(stats))
 
     def prepared(self, x):
         "Convert a batch of the student to the teacher's normalization and size"
         if self.student_stats is not None: x = x * self.student_stats[1] + self.student_stats[0]
-        if self.size and tuple(x.shape[-2:]) != (self.size, self.size): x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True)
+        if self.size and tuple(x.shape[-2:]) != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True)
         return x if self.teacher_stats is None else (x - self.teacher_stats[0]) / self.teacher_stats[1]
 
     def forward(self, x):
@@ -50,7 +52,7 @@ class Teacher(nn.Module):
 
     def extra_repr(self): return f'size={self.size}, columns={self.columns}'
 
-
+# %% ../../nbs/71_teach.distill.ipynb #95088b32
 class Teachers(nn.Module):
     "The mean of several teachers' logits"
     def __init__(self,
@@ -61,8 +63,9 @@ class Teachers(nn.Module):
 
     def forward(self, x): return sum(t(x) for t in self.teachers) / len(self.teachers)
 
-
-def _stats(pair): return torch.stack([torch.as_tensor(o, dtype=torch.float32).flatten() for o in pair])[:, :, None, None]
+# %% ../../nbs/71_teach.distill.ipynb #2e5f8705
+def _stats(pair):
+    return torch.stack([torch.as_tensor(o, dtype=torch.float32).flatten() for o in pair])[:, :, None, None]
 
 
 def _stats_of(dls):
@@ -76,7 +79,7 @@ def _names(dls):
     vocab = getattr(dls, 'vocab', None)
     return None if vocab is None else [str(c) for c in vocab]
 
-
+# %% ../../nbs/71_teach.distill.ipynb #25959c29
 def columns_of(
     theirs,  # Names of the teacher's classes, or None
     ours,    # Names of the student's, or None
@@ -85,11 +88,13 @@ def columns_of(
     if theirs is None or ours is None or theirs == ours: return None
     lacking = [c for c in ours if c not in theirs]
     if lacking:
-        raise TrainError(f'the teacher has no class {", ".join(map(repr, lacking[:5]))}{" …" * (len(lacking) > 5)}, of the student\'s {len(ours)} classes; its classes are '
-                         f'{", ".join(map(repr, theirs[:5]))}{" …" * (len(theirs) > 5)}. Classes are matched by name: use the same names, as by `image_data(..., names=)`.')
+        raise TrainError(f'the teacher has no class {", ".join(map(repr, lacking[:5]))}{" …" * (len(lacking) > 5)}, of '
+                         f'the student\'s {len(ours)} classes; its classes are '
+                         f'{", ".join(map(repr, theirs[:5]))}{" …" * (len(theirs) > 5)}. Classes are matched by name: '
+                         f'use the same names, as by `image_data(..., names=)`.')
     return [theirs.index(c) for c in ours]
 
-
+# %% ../../nbs/71_teach.distill.ipynb #72f691bb
 def as_teacher(
     teacher,     # A learner, or a module from images with values 0 to 1 to logits
     learn,       # The student
@@ -98,13 +103,18 @@ def as_teacher(
 ) -> Teacher:
     "Build the teacher for a student"
     net, dls = (teacher.model, getattr(teacher, 'dls', None)) if hasattr(teacher, 'model') else (teacher, None)
-    if not isinstance(net, nn.Module): raise TrainError(f'a teacher must be a learner or a module, not a {type(teacher).__name__}.')
-    if net is learn.model: raise TrainError('the student cannot be its own teacher: give a copy, copy.deepcopy(learn.model).')
+    if not isinstance(net, nn.Module):
+        raise TrainError(f'a teacher must be a learner or a module, not a {type(teacher).__name__}.')
+    if net is learn.model:
+        raise TrainError('the student cannot be its own teacher: give a copy, copy.deepcopy(learn.model).')
     size = size or (dls.size if isinstance(getattr(dls, 'size', None), int) else None)
     theirs, ours = _names(dls), _names(learn.dls)
     columns = columns_of(theirs, ours)
-    if columns is not None and len(columns) < len(theirs): say(learn, f'The teacher has {len(theirs) - len(columns)} classes that the student does not have; they are ignored.')
-    return Teacher(copy.deepcopy(net), _stats_of(learn.dls), stats or _stats_of(dls), size, columns).eval().requires_grad_(False).to(learn.dls.device)
+    if columns is not None and len(columns) < len(theirs):
+        say(learn, f'The teacher has {len(theirs) - len(columns)} classes that the student does not have; they are '
+            f'ignored.')
+    return Teacher(copy.deepcopy(net), _stats_of(learn.dls), stats or _stats_of(dls), size,
+                   columns).eval().requires_grad_(False).to(learn.dls.device)
 
 # %% ../../nbs/71_teach.distill.ipynb #e357b2d6
 class Distill(Callback):
@@ -119,7 +129,8 @@ class Distill(Callback):
         size:int|None=None, # Pixels per side of the teacher's input; by default those of its own data
         stats=None,        # Mean and standard deviation of the normalization, if the teacher is a module
     ):
-        if not 0 <= alpha <= 1: raise TrainError(f'alpha={alpha!r} is the weight of the teacher in the loss: give a number from 0 to 1.')
+        if not 0 <= alpha <= 1:
+            raise TrainError(f'alpha={alpha!r} is the weight of the teacher in the loss: give a number from 0 to 1.')
         if not T > 0: raise TrainError(f'T={T!r} is a temperature: give a number above 0.')
         self.teacher, self.T, self.alpha, self.loss, self.size, self.stats = teacher, T, alpha, loss, size, stats
         self.distance, self.net, self.kept = as_loss(loss), None, None
@@ -140,11 +151,13 @@ class Distill(Callback):
         "Why train_loss can't be compared with valid_loss"
         name = self.loss if isinstance(self.loss, str) else getattr(self.loss, '__name__', type(self.loss).__name__)
         squared = f', which has a factor T² = {self.T ** 2:g}' if isinstance(self.loss, str) else ''
-        return f'train_loss is {1 - self.alpha:.2g} × the loss of the labels + {self.alpha:g} × the distance to the teacher ({name}{squared}); valid_loss is the loss of the labels alone.'
+        return (f'train_loss is {1 - self.alpha:.2g} × the loss of the labels + {self.alpha:g} × the distance to the '
+                f'teacher ({name}{squared}); valid_loss is the loss of the labels alone.')
 
     def _answers(self, net, dl):
         "The teacher's cached outputs, by the number of the augmentation"
-        found = {n: cached_forward(net, dl.dl, dl.names, n, getattr(self.learn, 'precision', 'fp32'), dtype=torch.float32, fresh=True) for n in dl.numbers}
+        found = {n: cached_forward(net, dl.dl, dl.names, n, getattr(self.learn, 'precision', 'fp32'),
+                                   dtype=torch.float32, fresh=True) for n in dl.numbers}
         return {n: (f, f.places(dl.names)) for n, f in found.items()}
 
     def after_loss(self):
@@ -152,7 +165,9 @@ class Distill(Callback):
         if not len(learn.yb): return
         student, y = learn.pred, learn.yb[0]
         t = self._of_features() if self.kept is not None else self._of_images(learn.xb[0])
-        if t.shape != student.shape: raise TrainError(f'the teacher has {t.shape[1]} outputs, the student {student.shape[1]}: both must be trained on the same classes.')
+        if t.shape != student.shape:
+            raise TrainError(f'the teacher has {t.shape[1]} outputs, the student {student.shape[1]}: both must be '
+                             f'trained on the same classes.')
         blend_loss(learn, self._loss_of_each(student, t.to(student.device), y), self.alpha, 1 - self.alpha)
 
     def _loss_of_each(self, student, t, y):
@@ -160,7 +175,8 @@ class Distill(Callback):
         mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
         if mix is None: return self.distance(student, t, y, self.T)
         other = t[mix.partner] if self.kept is not None else t
-        return torch.lerp(self.distance(student, other, mix.yb1[0], self.T), self.distance(student, t, y, self.T), mix.lam)
+        return torch.lerp(self.distance(student, other, mix.yb1[0], self.T), self.distance(student, t, y, self.T),
+                          mix.lam)
 
     def _of_features(self):
         dl, part = self.learn.dl, getattr(self.learn, 'microbatch', slice(None))

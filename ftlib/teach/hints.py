@@ -24,18 +24,19 @@ from ..errors import TrainError
 def attention_distance(
     student, teacher,  # Maps, images × channels × height × width
 ) -> torch.Tensor:     # One per image
-    "Attention transfer loss: squared distance, 0 to 2, of the attention maps, which are squares summed over channels, normalised to length 1 (Zagoruyko & Komodakis 2017)."
+    """Attention transfer loss: squared distance, 0 to 2, of the attention maps, which are squares summed over
+    channels, normalised to length 1 (Zagoruyko & Komodakis 2017)."""
     s, t = (_as_large(o, student, teacher).square().mean(1).flatten(1) for o in (student, teacher))
     return (F.normalize(s, dim=1) - F.normalize(t, dim=1)).square().sum(1)
 
-
+# %% ../../nbs/73_teach.hints.ipynb #1deacf4d
 def hint_distance(
     student, teacher,  # Maps with the same channels
 ) -> torch.Tensor:     # One per image
     "FitNet hint loss: mean squared difference of two maps (Romero et al. 2015)."
     return (_as_large(student, student, teacher) - _as_large(teacher, student, teacher)).square().mean((1, 2, 3))
 
-
+# %% ../../nbs/73_teach.hints.ipynb #f9aa57bd
 def _as_large(x, *both):
     "Average-pool the map to the smaller size of both"
     side = min(o.shape[-2] for o in both), min(o.shape[-1] for o in both)
@@ -50,7 +51,8 @@ class Hints(Callback):
         teacher,               # A learner or a `Network`
         kind:str='attention',  # 'attention' or 'fitnet'
         weight:float=1.,       # Weight of the mean distance over the stages, which is added to the loss
-        at=None,               # Names of stages; by default all common ones for 'attention', the middle one for 'fitnet'
+        # Names of stages; by default all common ones for 'attention', the middle one for 'fitnet'
+        at=None,
         lr:float=1e-3,         # Learning rate of the regressors of 'fitnet'
     ):
         if kind not in ('attention', 'fitnet'): raise TrainError(f"kind={kind!r}: use 'attention' or 'fitnet'.")
@@ -61,8 +63,12 @@ class Hints(Callback):
         self._unhook()
         net, teacher_net = self.learn.model, as_teacher(self.teacher, self.learn)
         for o, who in ((net, 'student'), (teacher_net.net, 'teacher')):
-            if not isinstance(o, Network): raise TrainError(f'Hints needs a Network with stages, as `vision_learner` builds it; the {who} is a {type(o).__name__}.')
-        if _family(net.arch) != _family(teacher_net.net.arch): warnings.warn(f'{net.arch} and {teacher_net.net.arch} are of different families, between which hints tend to hurt. Use Distill, which compares outputs only.')
+            if not isinstance(o, Network):
+                raise TrainError(f'Hints needs a Network with stages, as `vision_learner` builds it; the {who} is a '
+                                 f'{type(o).__name__}.')
+        if _family(net.arch) != _family(teacher_net.net.arch):
+            warnings.warn(f'{net.arch} and {teacher_net.net.arch} are of different families, between which hints tend '
+                          f'to hurt. Use Distill, which compares outputs only.')
         self.teacher_net, self.borders = teacher_net, self._borders(net, teacher_net.net)
         if self.kind == 'fitnet': self._regress(net, teacher_net.net)
         for name in self.borders: self.hooks.append(getattr(net.body, name).register_forward_hook(self._keep(name)))
@@ -70,9 +76,13 @@ class Hints(Callback):
     def _borders(self, student, teacher):
         both = [_maps(o) for o in (student, teacher)]
         names = [n for n in both[0] if n in both[1]]
-        wanted = list(self.at) if self.at else names[len(names) // 2:len(names) // 2 + 1] if self.kind == 'fitnet' else names
+        wanted = list(self.at) if self.at else names[len(names) // 2:len(names) // 2
+                                                     + 1] if self.kind == 'fitnet' else names
         odd = [n for n in wanted if n not in names]
-        if odd or not wanted: raise TrainError(f'both networks have a map after {", ".join(names) or "no stage of the same name"}; at={self.at!r} contains other stages.' if odd else 'the networks have no stage of the same name with a map.')
+        if odd or not wanted:
+            raise TrainError(f'both networks have a map after {", ".join(names) or "no stage of the same name"}; '
+                             f'at={self.at!r} contains other stages.' if odd
+                             else 'the networks have no stage of the same name with a map.')
         return wanted
 
     def _regress(self, student, teacher):
@@ -98,7 +108,8 @@ class Hints(Callback):
         far = 0.
         for i, (name, t) in enumerate(self._teacher_maps().items()):
             s = self.maps[name].as_subclass(torch.Tensor).float()
-            far = far + (attention_distance(s, t) if self.kind == 'attention' else hint_distance(self.regressors[i](s), t))
+            far = far + (attention_distance(s, t) if self.kind == 'attention'
+                         else hint_distance(self.regressors[i](s), t))
         self.maps.clear()
         blend_loss(self.learn, far / len(self.borders), self.weight)
 
@@ -128,12 +139,14 @@ class Hints(Callback):
 
     def state_dict(self):
         "State for a resumed fit: the regressors and their optimizer"
-        return {} if self.regressors is None else dict(channels=_channels(self.regressors), weights=self.regressors.state_dict(), opt=self.opt.state_dict())
+        return {} if self.regressors is None else dict(channels=_channels(self.regressors),
+                                                       weights=self.regressors.state_dict(), opt=self.opt.state_dict())
 
     def load_state_dict(self, state):
         if state: self._make(**state)
 
-
+# %% ../../nbs/73_teach.hints.ipynb #c4eb38e6
 def _channels(regressors): return [(r.in_channels, r.out_channels) for r in regressors]
 def _maps(net): return {n: s[0] for n, s in zip(net.stage_names, net.shapes) if len(s) == 3 and s[1] == s[2]}
-def _family(arch): return re.match('[a-z]*', arch.removeprefix('tf_').replace('wide_', '').replace('resnext', 'resnet')).group()
+def _family(arch):
+    return re.match('[a-z]*', arch.removeprefix('tf_').replace('wide_', '').replace('resnext', 'resnet')).group()

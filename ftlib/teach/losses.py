@@ -18,9 +18,10 @@ def kd(
     T:float=4.,        # Temperature: the higher, the more weight for unlikely classes
 ) -> torch.Tensor:     # One per image
     "Kullback-Leibler divergence of the student's softened probabilities from the teacher's (Hinton et al. 2015)."
-    return F.kl_div(F.log_softmax(student / T, 1), F.log_softmax(teacher / T, 1), reduction='none', log_target=True).sum(1) * T ** 2
+    return F.kl_div(F.log_softmax(student / T, 1), F.log_softmax(teacher / T, 1), reduction='none',
+                    log_target=True).sum(1) * T ** 2
 
-
+# %% ../../nbs/70_teach.losses.ipynb #fa1a9cff
 def dkd(
     student, teacher,  # Logits, images × classes
     y,                 # Labels
@@ -28,12 +29,13 @@ def dkd(
     target:float=1.,   # Weight of the label against all other classes
     others:float=8.,   # Weight of the distribution among the other classes
 ) -> torch.Tensor:     # One per image
-    "Decoupled knowledge distillation (Zhao et al. 2022): the other classes have a weight of their own, while in `kd` it is small if the teacher is confident."
+    """Decoupled knowledge distillation (Zhao et al. 2022): the other classes have a weight of their own, while in `kd`
+    it is small if the teacher is confident."""
     mine = F.one_hot(y.long(), student.shape[1]).bool()
     (s, so), (t, to) = (_parts(o / T, mine) for o in (student, teacher))
     return T ** 2 * (target * _kl(s, t) + others * _kl(so, to))
 
-
+# %% ../../nbs/70_teach.losses.ipynb #32ea146d
 def _parts(logits, mine):
     "Log-probabilities of the label against all others, and of the others among themselves"
     rest = logits[~mine].view(len(logits), -1)
@@ -42,24 +44,27 @@ def _parts(logits, mine):
 
 def _kl(student, teacher): return F.kl_div(student, teacher, reduction='none', log_target=True).sum(1)
 
-
+# %% ../../nbs/70_teach.losses.ipynb #d6383b19
 def standardised_kd(
     student, teacher,  # Logits, images × classes
     y=None,            # Labels (not used)
     T:float=4.,
 ) -> torch.Tensor:     # One per image
-    "`kd` of logits standardised to mean 0 and standard deviation 1 for each image (Sun et al. 2024): the student need not match the teacher's confidence, only the relations of its logits."
+    """`kd` of logits standardised to mean 0 and standard deviation 1 for each image (Sun et al. 2024): the student
+    need not match the teacher's confidence, only the relations of its logits."""
     def standard(z): return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
     return kd(standard(student), standard(teacher), T=T)
 
-
+# %% ../../nbs/70_teach.losses.ipynb #0452ccd4
 LOSSES = {'kd': kd, 'dkd': dkd, 'standardised': standardised_kd}
 
-
+# %% ../../nbs/70_teach.losses.ipynb #25aa1671
 def as_loss(loss):  # A name in `LOSSES`, or f(student, teacher, y, T) → one number per image
     "The loss function for a name. Raises `TrainError`."
     if callable(loss): return loss
-    if loss not in LOSSES: raise TrainError(f'loss={loss!r}: use {", ".join(LOSSES)}, or any f(student, teacher, labels, T) that returns a number for each image.')
+    if loss not in LOSSES:
+        raise TrainError(f'loss={loss!r}: use {", ".join(LOSSES)}, or any f(student, teacher, labels, T) that returns '
+                         f'a number for each image.')
     return LOSSES[loss]
 
 # %% ../../nbs/70_teach.losses.ipynb #1b89f2d5
@@ -71,5 +76,6 @@ def blend_loss(
 ):
     "Blend a per-sample loss into the batch loss, with the same reduction."
     loss, reduction = learn.loss_grad, getattr(learn.loss_func, 'reduction', 'mean')
-    learn.loss_grad = base_weight * loss + weight * (per if loss.ndim else per.sum() if reduction == 'sum' else per.mean())
+    learn.loss_grad = base_weight * loss + weight * (per if loss.ndim else per.sum() if reduction == 'sum'
+                                                     else per.mean())
     learn.loss = learn.loss_grad.clone()

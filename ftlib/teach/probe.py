@@ -30,22 +30,26 @@ class AllStages(nn.Module):
         x, found = self.normalize(x), []
         for stage, first in zip(self.stages, self.first):
             x = stage(x)
-            found.append(x if x.ndim == 2 else x.flatten(2).mean(2) if first and x.ndim == 4 else x.flatten(1, -2).mean(1))
+            found.append(x if x.ndim == 2 else x.flatten(2).mean(2) if first and x.ndim == 4
+                         else x.flatten(1, -2).mean(1))
         return torch.cat(found, 1)
 
-
+# %% ../../nbs/75_teach.probe.ipynb #a8882d62
 def stage_features(
     learn,       # A learner over a `Network`
 ) -> tuple:      # {stage: training and validation features}, training and validation labels
     "Averaged features after every stage, of the images without augmentation."
     net = learn.model
-    if not isinstance(net, Network): raise TrainError(f'probe needs a Network with stages, as `vision_learner` builds it, not a {type(net).__name__}.')
+    if not isinstance(net, Network):
+        raise TrainError(f'probe needs a Network with stages, as `vision_learner` builds it, not a '
+                         f'{type(net).__name__}.')
     every, parts, labels = AllStages(net.to(learn.dls.device)), [], []
     for data in (learn.dls.train_ds, learn.dls.valid_ds):
         dl = learn.dls.valid.new(data, shuffle=False, drop_last=False)
         names = image_names(dl)
         with data.set_split_idx(1):
-            found = cached_forward(every, dl, names, precision=getattr(learn, 'precision', 'fp32'), dtype=torch.float32, fresh=True)
+            found = cached_forward(every, dl, names, precision=getattr(learn, 'precision', 'fp32'), dtype=torch.float32,
+                                   fresh=True)
             rows = [i for i, n in enumerate(names) if n in found.index]  # without images that cannot be opened
             parts.append(to_np(found.take(found.places([names[i] for i in rows]))))
             labels.append(to_np(targets_of(dl)[rows]))
@@ -68,20 +72,23 @@ class ProbeTable(pd.DataFrame):
         ax.legend(fontsize='small')
         return ax
 
-
+# %% ../../nbs/75_teach.probe.ipynb #bc3bf0a1
 def probe(
     learn,                             # A learner over a `Network`, for its body and its data
     kinds=('linear', 'hidden layer'),  # Which probes
     hidden:int=128,                    # Width of the hidden layer
     seed:int=0,
 ) -> ProbeTable:
-    "Accuracy of classifiers on the features after each stage (Alain & Bengio 2017). The learner is not changed. Raises `TrainError`."
+    """Accuracy of classifiers on the features after each stage (Alain & Bengio 2017). The learner is not changed.
+    Raises `TrainError`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    makers = {'linear': lambda: LogisticRegression(max_iter=1000), 'hidden layer': lambda: MLPClassifier((hidden,), alpha=.1, max_iter=200, random_state=seed)}
-    if odd := [k for k in kinds if k not in makers]: raise TrainError(f'unknown probe {odd[0]!r}; use {", ".join(makers)}.')
+    makers = {'linear': lambda: LogisticRegression(max_iter=1000),
+              'hidden layer': lambda: MLPClassifier((hidden,), alpha=.1, max_iter=200, random_state=seed)}
+    if odd := [k for k in kinds if k not in makers]:
+        raise TrainError(f'unknown probe {odd[0]!r}; use {", ".join(makers)}.')
     features, y, held = stage_features(learn)
     rows = {}
     for name, (x, x_held) in features.items():

@@ -17,17 +17,25 @@ from ..errors import TrainError
 # %% ../../nbs/72_teach.pseudo.ipynb #3c0442cb
 def pseudo_labels(
     teacher,              # A trained learner
-    images,               # Images without labels: a list of paths (as from `get_image_files(folder)`), arrays or PIL images
+    # Images without labels: a list of paths (as from `get_image_files(folder)`), arrays or PIL images
+    images,
     at_least:float=0.,    # Images whose class has a lower probability are left out
 ) -> pd.DataFrame:        # One row an image: path (or image), label, probability, split ('train')
-    "Label images with the teacher's most probable class (Lee 2013), as training rows for `image_data`. Raises `TrainError` for no images, for a teacher with any number of classes an image, and for a probability outside 0 … 1."
+    """Label images with the teacher's most probable class (Lee 2013), as training rows for `image_data`. Raises
+    `TrainError` for no images, for a teacher with any number of classes an image, and for a probability outside 0 …
+    1."""
     images = list(images)
-    if not images: raise TrainError('pseudo_labels was given no images. Give a list of paths, as from get_image_files(folder).')
+    if not images:
+        raise TrainError('pseudo_labels was given no images. Give a list of paths, as from get_image_files(folder).')
     if not 0 <= at_least <= 1: raise TrainError(f'at_least={at_least!r} is a probability: give a number from 0 to 1.')
     with teacher.no_bar(), teacher.no_logging(): probs, _ = teacher.get_preds(dl=teacher.dls.test_dl(images))
     vocab = getattr(teacher.dls, 'vocab', None)
-    if vocab is None or probs.ndim != 2 or probs.shape[1] != len(vocab): raise TrainError('the teacher does not give one probability for each class. Give a learner that was trained to name one class an image.')
+    if vocab is None or probs.ndim != 2 or probs.shape[1] != len(vocab):
+        raise TrainError('the teacher does not give one probability for each class. Give a learner that was trained to '
+                         'name one class an image.')
     probs = to_np(probs)
     column = 'path' if all(isinstance(o, (str, Path)) for o in images) else 'image'
-    table = pd.DataFrame({column: pd.Series(images, dtype=object), 'label': np.array([str(c) for c in vocab], object)[probs.argmax(1)], 'probability': probs.max(1), 'split': 'train'})
+    table = pd.DataFrame({column: pd.Series(images, dtype=object),
+                          'label': np.array([str(c) for c in vocab], object)[probs.argmax(1)],
+                          'probability': probs.max(1), 'split': 'train'})
     return table[table.probability >= at_least].reset_index(drop=True)

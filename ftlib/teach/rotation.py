@@ -29,22 +29,27 @@ from ..train.vision import vision_learner
 # %% ../../nbs/74_teach.rotation.ipynb #82dda786
 ROTATIONS = '0°', '90°', '180°', '270°'
 
-
+# %% ../../nbs/74_teach.rotation.ipynb #47c8a470
 def four_rotations(
     x,          # Square images, N×C×S×S
 ) -> tuple:     # 4N×C×S×S, the rotations of an image one after another, and their indices, 0 to 3
     "Rotate each image counterclockwise by 0, 90, 180 and 270 degrees. Raises `TrainError`."
-    if x.shape[-1] != x.shape[-2]: raise TrainError(f'images of {x.shape[-2]}×{x.shape[-1]} cannot be rotated by 90°: use square images, as by `image_data(..., size=)`.')
-    return torch.stack([torch.rot90(x, k, (2, 3)) for k in range(4)], 1).flatten(0, 1), torch.arange(4, device=x.device).repeat(len(x))
+    if x.shape[-1] != x.shape[-2]:
+        raise TrainError(f'images of {x.shape[-2]}×{x.shape[-1]} cannot be rotated by 90°: use square images, as by '
+                         f'`image_data(..., size=)`.')
+    return torch.stack([torch.rot90(x, k, (2, 3)) for k in range(4)], 1).flatten(0, 1), torch.arange(4,
+        device=x.device).repeat(len(x))
 
-
+# %% ../../nbs/74_teach.rotation.ipynb #e70ae0b4
 class FourRotations(Callback):
-    "Replace each batch by its images in four rotations, with the rotations as labels; the images' own labels are ignored. Predictions are of the original images."
+    """Replace each batch by its images in four rotations, with the rotations as labels; the images' own labels are
+    ignored. Predictions are of the original images."""
     order, uses_images = -10, True  # before images are mixed
 
     def before_batch(self):
         x = self.learn.xb[0].as_subclass(torch.Tensor)
-        x, y = (x, torch.zeros(len(x), dtype=torch.long, device=x.device)) if hasattr(self.learn, 'gather_preds') else four_rotations(x)
+        x, y = (x, torch.zeros(len(x), dtype=torch.long, device=x.device)) if hasattr(self.learn,
+            'gather_preds') else four_rotations(x)
         self.learn.xb, self.learn.yb = (x,), (y,)[:len(self.learn.yb)]
 
 # %% ../../nbs/74_teach.rotation.ipynb #79b37755
@@ -61,14 +66,17 @@ def rotation_learner(
 ) -> Learner:              # Its accuracy is that of the rotations; `vision_learner(..., weights=it)` uses its body
     "Build a learner that predicts the rotation of an image (Gidaris et al. 2018)."
     if isinstance(unlabelled, DataLoaders): dls = unlabelled
-    else: dls = image_data(_table(unlabelled), **dict(size=size or 224, bs=bs, valid=valid, seed=42 if seed is None else seed) | (data or {}))
+    else:
+        dls = image_data(_table(unlabelled), **dict(size=size or 224, bs=bs, valid=valid,
+                                                    seed=42 if seed is None else seed) | (data or {}))
     metrics = kwargs.pop('metrics', accuracy)
-    learn = vision_learner(dls, arch, n_out=4, weights=weights, loss_func=kwargs.pop('loss_func', CrossEntropy()), metrics=metrics, seed=seed, **kwargs)
+    learn = vision_learner(dls, arch, n_out=4, weights=weights, loss_func=kwargs.pop('loss_func', CrossEntropy()),
+                           metrics=metrics, seed=seed, **kwargs)
     learn.add_cb(FourRotations())
     learn.predict = partial(_predict, learn)
     return learn
 
-
+# %% ../../nbs/74_teach.rotation.ipynb #4106b6c5
 def _predict(learn, item, rm_type_tfms=None, with_input=False):
     "As `Learner.predict`, but the classes are rotations"
     dl = learn.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
@@ -76,7 +84,7 @@ def _predict(learn, item, rm_type_tfms=None, with_input=False):
     found = ROTATIONS[probs.argmax()], probs.argmax(), probs
     return (as_images(dl, dl.one_batch()[0])[0], *found) if with_input else found
 
-
+# %% ../../nbs/74_teach.rotation.ipynb #dce1f993
 def _table(images):
     "A table of unlabelled images, with dummy labels, because the loader needs two classes"
     if isinstance(images, pd.DataFrame): return images
@@ -84,7 +92,7 @@ def _table(images):
     if len(items) < 4: raise TrainError(f'{len(items)} images in {images!r:.80}: give at least a few hundred images.')
     return pd.DataFrame({'item': pd.Series(items, dtype=object), 'label': [str(i % 2) for i in range(len(items))]})
 
-
+# %% ../../nbs/74_teach.rotation.ipynb #ec7e0346
 @patch
 def show_rotations(self:Learner,
     n:int=3,     # Images, one per row
@@ -92,17 +100,21 @@ def show_rotations(self:Learner,
 ):
     "Show validation images in four rotations, with the predictions; returns the figure."
     import matplotlib.pyplot as plt
-    if not any(isinstance(cb, FourRotations) for cb in self.cbs): raise TrainError('show_rotations needs a learner built by rotation_learner.')
+    if not any(isinstance(cb, FourRotations) for cb in self.cbs):
+        raise TrainError('show_rotations needs a learner built by rotation_learner.')
     dl = self.dls.valid
     x, y = four_rotations(dl.one_batch()[0][:n].as_subclass(torch.Tensor))
-    with eval_mode(self.model), torch.no_grad(): probs = self.model(x.to(next(self.model.parameters()).device)).softmax(1)
+    with eval_mode(self.model), torch.no_grad():
+        probs = self.model(x.to(next(self.model.parameters()).device)).softmax(1)
     shown = as_images(dl, x)
-    fig, axs = plt.subplots(len(x) // 4, 4, figsize=(4 * size, (size + .25) * (len(x) // 4)), layout='constrained', squeeze=False)
+    fig, axs = plt.subplots(len(x) // 4, 4, figsize=(4 * size, (size + .25) * (len(x) // 4)), layout='constrained',
+                            squeeze=False)
     for ax, image, turn, p in zip(axs.flat, shown, y.tolist(), to_np(probs)):
         ax.imshow(image, cmap='gray', vmin=0, vmax=1)
-        ax.set_title(f'{ROTATIONS[turn]}: {ROTATIONS[p.argmax()]} {p.max():.2f}', fontsize=8, color='black' if p.argmax() == turn else '#b5483a')
+        ax.set_title(f'{ROTATIONS[turn]}: {ROTATIONS[p.argmax()]} {p.max():.2f}', fontsize=8,
+                     color='black' if p.argmax() == turn else '#b5483a')
         ax.axis('off')
     return fig
 
-
+# %% ../../nbs/74_teach.rotation.ipynb #f61107b7
 Learner.show_turns = ftlib.renamed_method('show_turns', 'show_rotations')

@@ -30,7 +30,7 @@ class Judgement:
     loss: np.ndarray                # Its loss
     correct: np.ndarray|None = None # Is the predicted class correct? None for multi-label data and regression
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #32b13218
 def judge(
     learn,  # A learner with a validation set
 ) -> Judgement|None:  # None if the loss gives no value per image
@@ -40,11 +40,12 @@ def judge(
         except TypeError: return None  # a loss function without `reduction`
     if loss.ndim != 1 or len(loss) != len(targets): return None
     broken = loss.isnan() & probs.reshape(len(probs), -1).isnan().all(1)
-    probs, loss = probs.where(~broken.reshape(-1, *[1] * (probs.ndim - 1)), 0.), loss.where(~broken, 0.)  # as good before as after
+    # as good before as after
+    probs, loss = probs.where(~broken.reshape(-1, *[1] * (probs.ndim - 1)), 0.), loss.where(~broken, 0.)
     one_class = probs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
     return Judgement(loss.double().numpy(), (probs.argmax(1) == targets).numpy() if one_class else None)
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #172e8e0a
 @dataclass
 class Verdict:
     "Result of a comparison of two networks on the same images"
@@ -53,38 +54,48 @@ class Verdict:
     p_accuracy: float   # Exact McNemar test that the accuracy is higher, one-sided; nan without classes
     p_loss: float       # Paired t-test that the loss is lower, one-sided
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #5d5092f2
 def compare_on_images(
     before:Judgement,
     after:Judgement,    # Of the same images
     alpha:float=.05,    # Significance level
 ) -> Verdict:
-    "Compare two networks: `after` is better if its accuracy is significantly higher, or if it is not lower and the loss is significantly lower."
+    """Compare two networks: `after` is better if its accuracy is significantly higher, or if it is not lower and the
+    loss is significantly lower."""
     from scipy.stats import binomtest, ttest_rel
     fell = float((after.loss - before.loss).mean())
-    p_loss = float(ttest_rel(after.loss, before.loss, alternative='less').pvalue) if len(after.loss) > 1 and fell else 1.
+    p_loss = float(ttest_rel(after.loss, before.loss,
+                             alternative='less').pvalue) if len(after.loss) > 1 and fell else 1.
     losses = f'validation loss {before.loss.mean():.3f} → {after.loss.mean():.3f} (p {p_loss:.2g})'
     if before.correct is None: return Verdict(fell < 0 and p_loss < alpha, losses, float('nan'), p_loss)
     won, lost = int((after.correct & ~before.correct).sum()), int((before.correct & ~after.correct).sum())
     p = float(binomtest(won, won + lost, alternative='greater').pvalue) if won + lost else 1.
     better = won > lost and p < alpha or won >= lost and fell < 0 and p_loss < alpha
-    return Verdict(better, f'accuracy {before.correct.mean():.3f} → {after.correct.mean():.3f} (p {p:.2g}), {losses}', p, p_loss)
+    return Verdict(better, f'accuracy {before.correct.mean():.3f} → {after.correct.mean():.3f} (p {p:.2g}), {losses}',
+                   p, p_loss)
 
 # %% ../../nbs/62_train.fine_tune.ipynb #e28d251b
 RATIO = 100  # The head's learning rate over that of the first stage
-HARDLY = 1 / 30  # Stages with less than this of the head's learning rate would hardly move, so they stay frozen: a step takes a quarter less time
+# Stages with less than this of the head's learning rate would hardly move, so they stay frozen: a step takes a quarter
+# less time
+HARDLY = 1 / 30
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #12dde483
 def fine_tune(
     learn,                   # A learner; a frozen body is unfrozen after the epochs of the head
     epochs:int,              # Epochs with the whole network training
-    freeze_epochs:int=None,  # Maximum number of epochs of the head; by default 30 on cached features, and 1 if features cannot be cached
-    lr:float=None,           # Learning rate of the head, half of it after a first phase; None: found by a sweep before each phase
+    # Maximum number of epochs of the head; by default 30 on cached features, and 1 if features cannot be cached
+    freeze_epochs:int=None,
+    # Learning rate of the head, half of it after a first phase; None: found by a sweep before each phase
+    lr:float=None,
     **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
-) -> pd.DataFrame:           # One row per phase, also in `learn.fine_tuning`; the results of the sweeps are in `learn.sweeps`
-    "Train the head until it stops improving, then the whole network, and keep the better of both. Raises `TrainError` for fewer than 0 epochs, `RunFailed` if no loss is finite."
+) -> pd.DataFrame:           # One row per phase, also in `learn.fine_tuning`; the results of the sweeps are in
+    # `learn.sweeps`
+    """Train the head until it stops improving, then the whole network, and keep the better of both. Raises
+    `TrainError` for fewer than 0 epochs, `RunFailed` if no loss is finite."""
     for name, n in (('epochs', epochs), ('freeze_epochs', freeze_epochs)):
-        if n is not None and (not isinstance(n, (int, np.integer)) or n < 0): raise TrainError(f'{name}={n!r}: give an integer number of epochs, 0 or more.')
+        if n is not None and (not isinstance(n, (int, np.integer)) or n < 0):
+            raise TrainError(f'{name}={n!r}: give an integer number of epochs, 0 or more.')
     run = _Run(learn, lr, kwargs)
     with stop_between_batches():
         try: run.train(epochs, freeze_epochs)
@@ -94,18 +105,18 @@ def fine_tune(
             raise
     return learn.fine_tuning
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #b793063f
 _NOT_FINITE = 'no epoch ended with a finite validation loss. Check the images for NaN, or use a lower learning rate.'
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #c6649a7d
 class Compared(Callback):
     "Marker for a fit whose caller restores the best weights"
     restores_best, uses_images = True, False
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #43c4aa5c
 def _copy_of(model): return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
 
-
+# %% ../../nbs/62_train.fine_tune.ipynb #3ab44d90
 class _Run:
     "State of one call of `fine_tune`"
     def __init__(self, learn, lr, kwargs):
@@ -135,7 +146,8 @@ class _Run:
         epochs = epochs or (30 if cached else 1)
         start, lr = time.perf_counter(), self.lr or self._learning_rate('head')
         with learn.no_logging():
-            if self.validates and epochs > 4: learn.fit(epochs, lr, **self.kwargs | dict(cbs=[*cbs, EarlyStopping(patience=3, cooldown=3)]))
+            if self.validates and epochs > 4:
+                learn.fit(epochs, lr, **self.kwargs | dict(cbs=[*cbs, EarlyStopping(patience=3, cooldown=3)]))
             else: learn.fit_one_cycle(epochs, lr, **self.kwargs)
         self._note('head', lr, start, 'on cached features' if cached else 'on images')
 
@@ -144,25 +156,32 @@ class _Run:
         best = self.learn.best_weights
         if not best.restore(): raise RunFailed(f'the head: {_NOT_FINITE}')
         self.head, self.head_weights = judge(self.learn), _copy_of(self.learn.model)
-        self.before = 'the head' if best.best[best.monitor]['at'][0] == self.rows[0]['fit'] else f'the weights from before, {best.describe()}'
+        self.before = ('the head' if best.best[best.monitor]['at'][0] == self.rows[0]['fit']
+            else f'the weights from before, {best.describe()}')
 
     def _train_all(self, epochs):
         learn, start = self.learn, time.perf_counter()
-        if self.head_weights is not None: learn.best_weights.restore('valid_loss')  # the best start, if accuracies are equal
+        # the best start, if accuracies are equal
+        if self.head_weights is not None: learn.best_weights.restore('valid_loss')
         n = len(learn.opt.hypers)
-        ratios = np.geomspace(1 / RATIO, 1, n) if learn.pretrained and n > 1 else np.ones(n)  # for random weights all stages have the same learning rate
+        # for random weights all stages have the same learning rate
+        ratios = np.geomspace(1 / RATIO, 1, n) if learn.pretrained and n > 1 else np.ones(n)
         k = int((ratios < HARDLY).sum())
         with self._every_view_anew():
             learn.freeze_to(k)
             try:
-                lr = self.lr / (2 if self.rows else 1) if self.lr else self._learning_rate('whole network', ratios=ratios.tolist(), for_epochs=epochs)
-                learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5., **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
+                lr = self.lr / (2 if self.rows else 1) if self.lr else self._learning_rate('whole network',
+                    ratios=ratios.tolist(), for_epochs=epochs)
+                learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5.,
+                                    **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
             finally: learn.unfreeze()
-        self._note('whole network', lr, start, 'of all stages' if not k else f'of all stages but {" and ".join(learn.groups_table().index[:k])}')
+        self._note('whole network', lr, start, 'of all stages' if not k
+                   else f'of all stages but {" and ".join(learn.groups_table().index[:k])}')
 
     @contextmanager
     def _every_view_anew(self):
-        "Context manager without cached features: training whole stages needs more than a few augmentations of each image"
+        """Context manager without cached features: training whole stages needs more than a few augmentations of each
+        image"""
         cache, self.learn.cache = self.learn.cache, False
         try: yield
         finally: self.learn.cache = cache
@@ -177,11 +196,13 @@ class _Run:
         rows = self.learn.epoch_log.rows
         rows = [r for r in rows if r['phase'] == rows[-1]['phase']]
         row = dict(phase=phase, fit=rows[-1]['phase'], epochs=len(rows), lr=lr, seconds=time.perf_counter() - start)
-        text = f'{phase.capitalize()}: {len(rows)} epoch{"s" * (len(rows) != 1)} {how}, learning rate {lr:.1e}, {row["seconds"]:.0f} s'
+        text = (f'{phase.capitalize()}: {len(rows)} epoch{"s" * (len(rows) != 1)} {how}, learning rate {lr:.1e}, '
+                f'{row["seconds"]:.0f} s')
         if self.validates:
             best, monitor = self._best_of(rows), self.learn.best_weights.monitor
             row |= {'best epoch': best['epoch'], monitor: float(best[monitor]), 'valid_loss': float(best['valid_loss'])}
-            text += f'; best in epoch {best["epoch"]}: {monitor} {best[monitor]:.3f}, validation loss {best["valid_loss"]:.3f}'
+            text += (f'; best in epoch {best["epoch"]}: {monitor} {best[monitor]:.3f}, validation loss '
+                     f'{best["valid_loss"]:.3f}')
         self.rows.append(row)
         say(self.learn, f'{text}.')
 
@@ -199,10 +220,13 @@ class _Run:
         ends_on_whole = best.best[best.monitor]['at'][0] == self.rows[-1]['fit']
         after = judge(self.learn) if self.head is not None and ends_on_whole else None
         verdict = compare_on_images(self.head, after) if after is not None else None
-        if ends_on_whole and (verdict is None or verdict.better): text = 'the whole network' + (f': {verdict.text}' if verdict else '')
+        if ends_on_whole and (verdict is None or verdict.better):
+            text = 'the whole network' + (f': {verdict.text}' if verdict else '')
         elif self.head_weights is None: text = f'the weights from before, {best.describe()}'
         else:
-            text = f'{self.before}. Training the whole network did not improve it beyond noise: {verdict.text if verdict else f"no epoch had a better {best.monitor}"}. More or larger images, or more epochs, may help'
+            text = (f'{self.before}. Training the whole network did not improve it beyond noise: '
+                    f'{verdict.text if verdict else f"no epoch had a better {best.monitor}"}. More or larger images, '
+                    f'or more epochs, may help')
             self.learn.model.load_state_dict(self.head_weights)
             self.learn.opt.clear_state()
         for row in self.rows: row['kept'] = text.startswith(f'the {row["phase"]}')

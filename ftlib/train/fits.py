@@ -29,7 +29,8 @@ from ..lr.rates import Schedule
 from ..lr.schedule import Cosine, FlatCosine, Momentum, OneCycle, as_schedule
 from .step import StepLearner
 from ..callbacks.trackers import ReduceLROnPlateau
-from ..persist.transaction import hooks_snapshot, preserve_rng, restore_random_states, random_states, snapshot, learner_parts
+from ..persist.transaction import (
+    hooks_snapshot, preserve_rng, restore_random_states, random_states, snapshot, learner_parts)
 
 # %% ../../nbs/63_train.fits.ipynb #c3ae4e3c
 class CheckFiniteLoss(Callback):
@@ -37,22 +38,27 @@ class CheckFiniteLoss(Callback):
     order, run_valid, uses_images = 40, False, False
 
     def after_loss(self):
-        if self.learn.train_iter == 0 and not hasattr(self.learn, 'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            raise TrainError(f'the loss of the first batch is {float(self.learn.loss.detach().mean())}: nothing was trained. Check the inputs '
+        if self.learn.train_iter == 0 and not hasattr(self.learn,
+                                                      'lr_finder') and not torch.isfinite(self.learn.loss).all():
+            raise TrainError(f'the loss of the first batch is {float(self.learn.loss.detach().mean())}: nothing was '
+                             f'trained. Check the inputs '
                              '(`dls.one_batch()[0].isfinite().all()`) and the weights for NaN and infinity.')
 
     def after_train(self):
-        if hasattr(self.learn, 'loss') and not hasattr(self.learn, 'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            warnings.warn(f'epoch {self.learn.epoch} ended with a loss of {float(self.learn.loss.detach().mean())}: weights contain non-finite values. '
+        if hasattr(self.learn, 'loss') and not hasattr(self.learn,
+                                                       'lr_finder') and not torch.isfinite(self.learn.loss).all():
+            warnings.warn(f'epoch {self.learn.epoch} ended with a loss of {float(self.learn.loss.detach().mean())}: '
+                          f'weights contain non-finite values. '
                           'Use a lower learning rate.')
 
-
+# %% ../../nbs/63_train.fits.ipynb #9facad2c
 class FitLearner(StepLearner):
     "`StepLearner` whose fit methods take schedules and checkpoints, and keep the completed epochs."
     cache, views = True, 2  # see `Learner`
     seed = None  # see `Learner`
     pretrained = False  # does the body have pretrained weights? Set by `vision_learner`
-    fine_tuning = sweeps = None  # of the last `fine_tune` without a learning rate: one row per phase, and the results of `lr_find`
+    # of the last `fine_tune` without a learning rate: one row per phase, and the results of `lr_find`
+    fine_tuning = sweeps = None
     fits_kept = {}  # {folder: number of finished fits}
     _fit_plan = 0, None, None  # first epoch, checkpointer, state to resume from
 
@@ -76,20 +82,25 @@ class FitLearner(StepLearner):
 
     def fit_one_cycle(self, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=.25, wd=None, moms=None, cbs=None,
                       reset_opt=False, start_epoch=0, factors=None, checkpoint=None, resume=False):
-        "Fit by the one-cycle policy (Smith & Topin 2018): the learning rate rises to `lr_max` and falls, momentum changes inversely."
-        scheds = {'lr': OneCycle(pct_start, div, div_final), 'mom': Momentum(pct_start, self.moms if moms is None else moms)}
+        """Fit by the one-cycle policy (Smith & Topin 2018): the learning rate rises to `lr_max` and falls, momentum
+        changes inversely."""
+        scheds = {'lr': OneCycle(pct_start, div, div_final),
+                  'mom': Momentum(pct_start, self.moms if moms is None else moms)}
         self._fit(n_epoch, lr_max, scheds, wd, cbs, reset_opt, start_epoch, factors, checkpoint, resume)
 
     def fit_flat_cos(self, n_epoch, lr=None, div_final=1e5, pct_start=.75, wd=None, cbs=None, reset_opt=False,
                      start_epoch=0, factors=None, checkpoint=None, resume=False):
         "Fit at a constant learning rate, then decay it by a cosine."
-        self._fit(n_epoch, lr, {'lr': FlatCosine(pct_start, div_final)}, wd, cbs, reset_opt, start_epoch, factors, checkpoint, resume)
+        self._fit(n_epoch, lr, {'lr': FlatCosine(pct_start, div_final)}, wd, cbs, reset_opt, start_epoch, factors,
+                  checkpoint, resume)
 
-    def fit_sgdr(self, n_cycles, cycle_len, lr_max=None, cycle_mult=2, cbs=None, reset_opt=False, wd=None, start_epoch=0,
+    def fit_sgdr(self, n_cycles, cycle_len, lr_max=None, cycle_mult=2, cbs=None, reset_opt=False, wd=None,
+    start_epoch=0,
                  checkpoint=None, resume=False):
         "Fit by cosine annealing with restarts, each cycle `cycle_mult` times as long (Loshchilov & Hutter 2017)."
         for name, n in (('n_cycles', n_cycles), ('cycle_len', cycle_len), ('cycle_mult', cycle_mult)):
-            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1: raise TrainError(f'{name}={n!r}: give a whole number, 1 or more.')
+            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+                raise TrainError(f'{name}={n!r}: give a whole number, 1 or more.')
         ends = np.cumsum([cycle_len * cycle_mult ** i for i in range(n_cycles)])
         def restarts(epoch, n_epoch):
             i = min(int(np.searchsorted(ends, epoch + 1e-6, side='right')), n_cycles - 1)
@@ -99,17 +110,20 @@ class FitLearner(StepLearner):
     def fine_tune(self,
         epochs:int,              # Epochs with the whole network training
         base_lr:float=None,      # Learning rate, as in fastai; None: found by a sweep before each phase
-        freeze_epochs:int=None,  # Epochs of the head alone before them; without `base_lr` at most so many, by default until it stops improving
+        # Epochs of the head alone before them; without `base_lr` at most so many, by default until it stops improving
+        freeze_epochs:int=None,
         lr_mult:float=None,      # As in fastai (100): the head's learning rate over that of the first stage
         pct_start:float=None,    # As in fastai (.3): the share of the second phase in which the learning rate rises
         div:float=None,          # As in fastai (5): the peak of that learning rate over its start
         **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
     ):
-        "Train the head, then the whole network, and keep the better of both (`ftlib.train.fine_tune`). With `base_lr`, `lr_mult`, `pct_start` or `div` it is fastai's `fine_tune`."
+        """Train the head, then the whole network, and keep the better of both (`ftlib.train.fine_tune`). With
+        `base_lr`, `lr_mult`, `pct_start` or `div` it is fastai's `fine_tune`."""
         if all(o is None for o in (base_lr, lr_mult, pct_start, div)):
             fine_tune(self, epochs, freeze_epochs, **kwargs)
             return
-        base_lr, lr_mult, pct_start, div = (given if given is not None else default for given, default in ((base_lr, 2e-3), (lr_mult, 100), (pct_start, .3), (div, 5.)))
+        base_lr, lr_mult, pct_start, div = (given if given is not None else default for given,
+                                            default in ((base_lr, 2e-3), (lr_mult, 100), (pct_start, .3), (div, 5.)))
         freeze_epochs = 1 if freeze_epochs is None else freeze_epochs
         self.freeze()
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
@@ -134,9 +148,12 @@ class FitLearner(StepLearner):
         if not isinstance(n_epoch, (int, np.integer)) or n_epoch < 0:
             raise TrainError(f'n_epoch must be an integer, 0 or more, got {n_epoch!r}.')
         if not len(self.dls.train):
-            raise TrainError(f'the training set has no batch: {self.dls.train.n} training images, batch size {self.dls.train.bs}; use a smaller batch size, lower bs.')
-        if isinstance(checkpoint, str) and not checkpoint.strip(): raise TrainError(f'checkpoint={checkpoint!r} names no folder.')
-        if resume and checkpoint is None: raise TrainError('resume=True needs a folder of checkpoints: pass checkpoint=.')
+            raise TrainError(f'the training set has no batch: {self.dls.train.n} training images, batch size '
+                             f'{self.dls.train.bs}; use a smaller batch size, lower bs.')
+        if isinstance(checkpoint, str) and not checkpoint.strip():
+            raise TrainError(f'checkpoint={checkpoint!r} names no folder.')
+        if resume and checkpoint is None:
+            raise TrainError('resume=True needs a folder of checkpoints: pass checkpoint=.')
         if reset_opt or self.opt is None: self.create_opt()
         hypers = self.opt.hypers
         lrs = self._group_lrs(self.lr if lr is None else lr, len(hypers), factors)
@@ -147,26 +164,31 @@ class FitLearner(StepLearner):
         checkpointer, resume_state = None, None
         if checkpoint is not None:
             checkpointer = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-            resume_state = checkpointer.begin(self, fit_fingerprint(self, n_epoch, lrs, self.wd if wd is None else wd, scheds, L(cbs)), resume)
+            resume_state = checkpointer.begin(self, fit_fingerprint(self, n_epoch, lrs, self.wd if wd is None else wd,
+                scheds, L(cbs)), resume)
         done = len(self.epoch_log.rows) if hasattr(self, 'epoch_log') else 0
         if resume_state: start_epoch, done = resume_state['epoch'], resume_state['before'] + resume_state['epoch']
         cbs = (L(Schedule(shares, lrs.tolist())) if shares else L()) + L(cbs)
-        with stop_between_batches(), self._restore_best_on_error(), self._rollback_on_error(), self._with_fit_plan(start_epoch, checkpointer, resume_state), self._seeded():
+        with (stop_between_batches(), self._restore_best_on_error(), self._rollback_on_error(),
+              self._with_fit_plan(start_epoch, checkpointer, resume_state), self._seeded()):
             if resume_state: restore_model(self, resume_state)
             if resume_state and resume_state['end']:
                 with self.added_cbs(cbs): return checkpointer.ended(self, resume_state)
-            with self._on_features(range(done, done + n_epoch - start_epoch), cbs=cbs): super().fit(n_epoch, lr=lrs.tolist(), wd=wd, cbs=cbs)
+            with self._on_features(range(done, done + n_epoch - start_epoch), cbs=cbs):
+                super().fit(n_epoch, lr=lrs.tolist(), wd=wd, cbs=cbs)
         if not any(getattr(cb, 'restores_best', False) for cb in [*self.cbs, *cbs]): self._compare_with_earlier_fits()
 
     def _compare_with_earlier_fits(self):
         "Print a line if an earlier fit had a better network"
         best = getattr(self, 'best_weights', None)
         if best is None or not best.is_worse_than_an_earlier_fit(): return
-        say(self, f'This fit did not improve {best.monitor}: {best.describe()} was better. learn.restore_best() restores its weights.')
+        say(self, f'This fit did not improve {best.monitor}: {best.describe()} was better. learn.restore_best() '
+            f'restores its weights.')
 
     @contextmanager
     def _restore_best_on_error(self):
-        "Context manager that restores the best weights so far if a fit is interrupted or fails after its first step; after Ctrl-C a line says which these are"
+        """Context manager that restores the best weights so far if a fit is interrupted or fails after its first step;
+        after Ctrl-C a line says which these are"""
         best = getattr(self, 'best_weights', None)
         if best is not None: best.stepped = False
         try: yield
@@ -180,8 +202,10 @@ class FitLearner(StepLearner):
     def _where_it_stopped(self, best, restored):
         "Message after an interruption: which weights the learner has, and how to continue"
         if restored: return stopped_with(restored)
-        if best is None or not best.stepped: return 'Training was stopped before the first step. The learner is unchanged.'
-        return 'Training was stopped, and no epoch was validated yet. The learner holds the current weights; fit again to continue.'
+        if best is None or not best.stepped:
+            return 'Training was stopped before the first step. The learner is unchanged.'
+        return ('Training was stopped, and no epoch was validated yet. The learner holds the current weights; fit '
+                'again to continue.')
 
     @contextmanager
     def _with_fit_plan(self, *plan):
@@ -209,7 +233,8 @@ class FitLearner(StepLearner):
         if done: restore_fit(self, resume_state)
         for i, b in batches:
             self.one_batch(i, b)
-            if checkpointer.every and (i + 1) % checkpointer.every == 0 and i + 1 < self.n_iter: checkpointer.save(self, self.epoch, i + 1, start)
+            if checkpointer.every and (i + 1) % checkpointer.every == 0 and i + 1 < self.n_iter:
+                checkpointer.save(self, self.epoch, i + 1, start)
 
     def _end_cleanup(self):
         super()._end_cleanup()
@@ -217,7 +242,8 @@ class FitLearner(StepLearner):
 
     @contextmanager
     def _seeded(self):
-        "Context manager that seeds the random states with the seed and the number of earlier fits, if there is a seed, and restores them afterwards"
+        """Context manager that seeds the random states with the seed and the number of earlier fits, if there is a
+        seed, and restores them afterwards"""
         if self.seed is None:
             yield
             return
@@ -234,9 +260,12 @@ class FitLearner(StepLearner):
 
     @contextmanager
     def _rollback_on_error(self):
-        "Context manager that restores momentum after a fit, and after an error everything that callbacks have changed, except the history"
+        """Context manager that restores momentum after a fit, and after an error everything that callbacks have
+        changed, except the history"""
         moms = [h.get('mom') for h in self.opt.hypers]
-        restore, hooks = snapshot(*(o for o in learner_parts(self) if not isinstance(o, (Recorder, EpochLog, BestWeights)))), hooks_snapshot(self.model)
+        restore, hooks = snapshot(*(o for o in learner_parts(self)
+                                    if not isinstance(o,
+                                    (Recorder, EpochLog, BestWeights)))), hooks_snapshot(self.model)
         try: yield
         except BaseException:
             restore()

@@ -32,7 +32,7 @@ class EvalFrozenModules(Callback):
             ps = list(m.parameters())
             if ps and not any(p.requires_grad for p in ps): m.eval()
 
-
+# %% ../../nbs/60_train.groups.ipynb #ca52dde4
 def stage_splitter(
     model,  # A `Network`
 ) -> list:  # Lists of parameters
@@ -41,16 +41,20 @@ def stage_splitter(
 
 # %% ../../nbs/60_train.groups.ipynb #13a1148e
 class FreezableLearner(FastaiLearner):
-    "fastai's `Learner` with the stages of a `Network` as parameter groups. `train_bn=False` by default: freezing includes batch-norm statistics."
+    """fastai's `Learner` with the stages of a `Network` as parameter groups. `train_bn=False` by default: freezing
+    includes batch-norm statistics."""
     def __init__(self, dls, model, loss_func=None, opt_func=Adam, lr=1e-3,
         splitter=None,          # model → lists of parameters; by default the stages of a `Network`, else one group
         train_bn:bool=False,    # Keep training the norm layers of frozen stages, as in fastai
-        bn:str='auto',          # Batch-norm statistics of stages that train: 'moving' (updated), 'still' (kept), or 'auto': 'still' in a pretrained body
+        # Batch-norm statistics of stages that train: 'moving' (updated), 'still' (kept), or 'auto': 'still' in a
+        # pretrained body
+        bn:str='auto',
         default_cbs:bool=True,
         **kwargs,               # More arguments of fastai's `Learner`
     ):
         if splitter is None: splitter = stage_splitter if isinstance(model, Network) else trainable_params
-        super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, train_bn=train_bn,
+        super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter,
+        train_bn=train_bn,
                          default_cbs=default_cbs, **kwargs)
         if bn not in ('auto', 'moving', 'still'): raise TrainError(f"bn={bn!r}: give 'auto', 'moving' or 'still'.")
         self.bn = bn
@@ -58,7 +62,8 @@ class FreezableLearner(FastaiLearner):
         if default_cbs: self.add_cb(EvalFrozenModules())
 
     def _group_lrs(self, lr, n, factors=None):
-        "`group_lrs`, where the groups are stages of a list of any length up to theirs: three learning rates, as fastai's networks have, are dealt out"
+        """`group_lrs`, where the groups are stages of a list of any length up to theirs: three learning rates, as
+        fastai's networks have, are dealt out"""
         return group_lrs(lr, n, factors, deal=self.splitter is stage_splitter)
 
     def create_opt(self):
@@ -68,7 +73,8 @@ class FreezableLearner(FastaiLearner):
         groups = self.splitter(self.model)
         if not isinstance(groups[0], (list, L)): groups = [groups]
         lrs = self._group_lrs(self.lr, len(groups))
-        self.opt = build_optimizer(self.opt_func, groups, self.model, float(lrs[-1]), self.wd_bn_bias, self.splitter is stage_splitter)
+        self.opt = build_optimizer(self.opt_func, groups, self.model, float(lrs[-1]), self.wd_bn_bias,
+                                   self.splitter is stage_splitter)
         self.opt.set_hyper('lr', lrs.tolist())
         if self.train_bn:
             for p in norm_bias_params(self.model, False): self.opt.state[p]['force_train'] = True
@@ -78,12 +84,14 @@ class FreezableLearner(FastaiLearner):
         "Number of leading groups that the network holds frozen"
         if not isinstance(self.model, Network): return 0
         held = {id(p) for g in self.model.groups()[:self.model.frozen_to] for p in g}
-        return next((i for i, g in enumerate(self.opt.param_lists) if not all(id(p) in held for p in g)), len(self.opt.param_lists))
+        return next((i for i, g in enumerate(self.opt.param_lists) if not all(id(p) in held for p in g)),
+                    len(self.opt.param_lists))
 
     def grouped_by_stage(self) -> bool:
         "Are the parameter groups the stages of a `Network`, rather than those of a splitter of the user's own?"
         if not isinstance(self.model, Network): return False
-        of_opt, of_net = ([{id(p) for p in g} for g in groups] for groups in (self.opt.param_lists, self.model.groups()))
+        of_opt, of_net = ([{id(p) for p in g} for g in groups]
+                          for groups in (self.opt.param_lists, self.model.groups()))
         return of_opt == of_net
 
     def _group_index(self, n):
@@ -93,16 +101,21 @@ class FreezableLearner(FastaiLearner):
             names = list(self.groups_table().index)
             if n in names: return names.index(n)
             raise TrainError(f'freeze_to({n!r}): there is no such parameter group; there are {", ".join(names)}.')
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)): raise TrainError(f'freeze_to({n!r}): give the number or the name of the first group that is to train.')
-        if not -k <= n <= k: raise TrainError(f'freeze_to({n}): there are {k} parameter groups; `learn.groups_table()` lists them.')
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+            raise TrainError(f'freeze_to({n!r}): give the number or the name of the first group that is to train.')
+        if not -k <= n <= k:
+            raise TrainError(f'freeze_to({n}): there are {k} parameter groups; `learn.groups_table()` lists them.')
         return int(n) + k if n < 0 else int(n)
 
-    def freeze_to(self, n:int|str):  # Groups before `n` are frozen: a number, negative counts from the head, or a name in `groups_table`
-        "Freeze the groups before `n`, weights and statistics (with `train_bn=True` norms keep training). Raises `TrainError`."
+    # Groups before `n` are frozen: a number, negative counts from the head, or a name in `groups_table`
+    def freeze_to(self, n:int|str):
+        """Freeze the groups before `n`, weights and statistics (with `train_bn=True` norms keep training). Raises
+        `TrainError`."""
         if self.opt is None: self.create_opt()
         if n and len(self.opt.param_lists) == 1:
             raise TrainError(f'freeze_to({n}): the model has one parameter group, so no group before the '
-                             'head can be frozen. Build it with `vision_learner`, or pass a `splitter=` that returns a list of groups.')
+                             'head can be frozen. Build it with `vision_learner`, or pass a `splitter=` that returns a '
+                             'list of groups.')
         n = self._group_index(n)
         if not isinstance(self.model, Network): self.opt.freeze_to(n)
         elif self.grouped_by_stage(): self.model.freeze_to(n, train_bn=self.train_bn)
@@ -113,7 +126,8 @@ class FreezableLearner(FastaiLearner):
             if not p.requires_grad: p.grad = None
 
     def _freeze_own_groups(self, n):
-        "Of a `Network`: the stages that lie in the groups before `n` as a whole are frozen as stages, other parameters one by one"
+        """Of a `Network`: the stages that lie in the groups before `n` as a whole are frozen as stages, other
+        parameters one by one"""
         net, held = self.model, {id(p) for g in self.opt.param_lists[:n] for p in g}
         whole = next((i for i, g in enumerate(net.groups()) if not all(id(p) in held for p in g)), len(net.groups()))
         net.freeze_to(whole, train_bn=self.train_bn)
@@ -138,6 +152,7 @@ class FreezableLearner(FastaiLearner):
         "One row per parameter group: number of parameters, of trainable ones, and the current learning rate."
         if self.opt is None: self.create_opt()
         groups, names = self.opt.param_lists, self.model.group_names() if self.grouped_by_stage() else None
-        rows = [dict(parameters=sum(p.numel() for p in g), trainable=sum(p.numel() for p in g if p.requires_grad), lr=h['lr'])
+        rows = [dict(parameters=sum(p.numel() for p in g), trainable=sum(p.numel() for p in g if p.requires_grad),
+        lr=h['lr'])
                 for g, h in zip(groups, self.opt.hypers)]
         return pd.DataFrame(rows, index=names or [f'group {i}' for i in range(len(rows))])

@@ -48,15 +48,17 @@ from ..persist.transaction import (
 
 # %% ../../nbs/64_train.learner.ipynb #13119dda
 _OURS = {fastai.learner.Recorder: Recorder, ProgressCallback: Progress}  # in place of fastai's default callbacks
-_NEEDS = '{} needs loaders of fastai, and the training set is a {}: build the data by `image_data`, or wrap its datasets by `DataLoaders.from_dsets(train, valid, bs=64)`.'
-_KEEP_RECORDS = TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, LearningRates, fastai.learner.CastToTensor
+_NEEDS = ('{} needs loaders of fastai, and the training set is a {}: build the data by `image_data`, or wrap its '
+          'datasets by `DataLoaders.from_dsets(train, valid, bs=64)`.')
+_KEEP_RECORDS = (TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules,
+    LearningRates, fastai.learner.CastToTensor)
 
-
+# %% ../../nbs/64_train.learner.ipynb #125374f4
 def _hypers(state):
     "Names of the hyper-parameters of an optimizer's groups"
     return [sorted(g) for g in state.get('hypers') or state['param_groups']]
 
-
+# %% ../../nbs/64_train.learner.ipynb #1f49e785
 class Learner(FitLearner):
     "Subclass of fastai's Learner that accepts the same arguments."
     rescale = None  # by `calibrate`: scores → scores that probabilities are made of
@@ -69,27 +71,36 @@ class Learner(FitLearner):
         wd=None,                # Weight decay
         wd_bn_bias:bool=False,  # Decay norms and biases too
         train_bn:bool=False,    # Norm layers of frozen stages keep learning (fastai's way)
-        bn:str='auto',          # Batch-norm statistics of stages that train: 'moving', 'still', or 'auto': still in a pretrained body
+        # Batch-norm statistics of stages that train: 'moving', 'still', or 'auto': still in a pretrained body
+        bn:str='auto',
         moms=(.95, .85, .95), default_cbs:bool=True,
         cache:bool=True,        # Cache the features of frozen stages; see `on_features`
         views:int=2,            # Number of random augmentations of each image whose features are cached
-        precision='auto',       # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', or a `PrecisionPolicy`
-        seed:int=None,          # Seed of every fit and sweep, together with the number of earlier fits: the same fits give the same weights
-        compile=False,          # Compile the network with torch.compile, which takes minutes; True, or the name of a backend
+        # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', or a `PrecisionPolicy`
+        precision='auto',
+        # Seed of every fit and sweep, together with the number of earlier fits: the same fits give the same weights
+        seed:int=None,
+        # Compile the network with torch.compile, which takes minutes; True, or the name of a backend
+        compile=False,
     ):
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
-                         path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms,
+                         path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn,
+                         moms=moms,
                          default_cbs=False)
         self.default_cbs = default_cbs
         self.lock = Turns()
-        if default_cbs: self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, LearningRates, EpochLog, BestWeights, CheckFiniteLoss])
+        if default_cbs:
+            self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, LearningRates, EpochLog,
+                          BestWeights, CheckFiniteLoss])
         self.add_cbs(cbs)
         self.cache, self.views, self.seed = cache, views, seed
         if compile: self.model.compile(**({} if compile is True else dict(backend=compile)))
-        self.precision, self.precision_policy = precision, None if precision == 'auto' else as_precision_policy(precision)
+        self.precision, self.precision_policy = (precision, None if precision == 'auto'
+            else as_precision_policy(precision))
         self('after_create')
 
-    def __getstate__(self): return super().__getstate__() | dict(features=None)  # a copy that is made during a fit has images
+    # a copy that is made during a fit has images
+    def __getstate__(self): return super().__getstate__() | dict(features=None)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -103,7 +114,9 @@ class Learner(FitLearner):
     @property
     def loss_func(self): return self._loss_func
     @loss_func.setter
-    def loss_func(self, v): self._loss_func, self._has_activation = as_cross_entropy(v), hasattr(v, 'activation') and not getattr(v, 'of_torch', False)
+    def loss_func(self, v):
+        self._loss_func, self._has_activation = as_cross_entropy(v), hasattr(v, 'activation') and not getattr(v,
+            'of_torch', False)
 
     @contextmanager
     def loss_not_reduced(self):
@@ -118,19 +131,25 @@ class Learner(FitLearner):
         "Loss and metrics on the validation set or on `dl`; history and recorder are not changed."
         with self._looking(ds_idx, dl, cbs): return super().validate(ds_idx, dl, cbs)
 
-    def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, *args, **kwargs):
-        "fastai's `get_preds`: probabilities for a loss with an `activation`, else what the network gives. Decoded are the classes of any loss that `ftlib.metrics.activation` knows. History and recorder are not changed."
+    def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, *args,
+                  **kwargs):
+        """fastai's `get_preds`: probabilities for a loss with an `activation`, else what the network gives. Decoded
+        are the classes of any loss that `ftlib.metrics.activation` knows. History and recorder are not changed."""
         if dl is None: dl = self._own_loader(ds_idx)
         if dl is not None and not len(dl): raise TrainError('there is nothing to predict: the loader has no images.')
         inputs = () if with_input else dl  # inputs that are returned must be images
         with self._looking(ds_idx, inputs, kwargs.get('cbs')):
             self.fold_bn = self.model._compiled_call_impl is None
             of_loss = self._has_activation or self.rescale is not None
-            if dl is None and self.features is not None: dl = self.features.loader(self.dls[ds_idx]).new(shuffle=False, drop_last=False)
-            found = super().get_preds(ds_idx, dl, with_input, False, with_loss, self.probabilities_of if act is None and of_loss else act or noop, *args, **kwargs)
+            if dl is None and self.features is not None:
+                dl = self.features.loader(self.dls[ds_idx]).new(shuffle=False, drop_last=False)
+            found = super().get_preds(ds_idx, dl, with_input, False, with_loss,
+                                      self.probabilities_of if act is None and of_loss else act or noop, *args,
+                                      **kwargs)
             preds = found[with_input]
             broken = broken_mask(self.dls[ds_idx] if dl is None else dl)
-            if broken is not None and preds is not None and len(preds) == len(broken):  # no prediction, in place of that of a stand-in
+            # no prediction, in place of that of a stand-in
+            if broken is not None and preds is not None and len(preds) == len(broken):
                 for o in (preds, *(found[-1:] if with_loss else ())):
                     if torch.is_tensor(o) and o.is_floating_point(): o[broken] = float('nan')
             if not with_decoded or preds is None: return found
@@ -138,10 +157,12 @@ class Learner(FitLearner):
             return (*found[:with_input + 2], classes, *found[with_input + 2:])
 
     def _own_loader(self, ds_idx):
-        "The loader of a split where it is not one of fastai's; None where it is. Raises `TrainError` where it is empty."
+        """The loader of a split where it is not one of fastai's; None where it is. Raises `TrainError` where it is
+        empty."""
         own = self.dls.loaders[ds_idx] if -len(self.dls.loaders) <= ds_idx < len(self.dls.loaders) else ()
         if not len(own) and not getattr(own, 'n', 0):
-            raise TrainError(f'get_preds(ds_idx={ds_idx}): there are no {"validation " if ds_idx == 1 else ""}images. Build the data with valid=.2, or give others: get_preds(dl=learn.dls.test_dl(images)).')
+            raise TrainError(f'get_preds(ds_idx={ds_idx}): there are no {"validation " if ds_idx == 1 else ""}images. '
+                             f'Build the data with valid=.2, or give others: get_preds(dl=learn.dls.test_dl(images)).')
         return None if hasattr(own, 'new') else own
 
     def probabilities_of(self, out):
@@ -153,7 +174,8 @@ class Learner(FitLearner):
 
     @torch.no_grad()
     def predict(self, item, rm_type_tfms=None, with_input=False):
-        "fastai's `predict`: class, its index, probabilities. One forward pass without the events of an epoch, unless callbacks need these."
+        """fastai's `predict`: class, its index, probabilities. One forward pass without the events of an epoch, unless
+        callbacks need these."""
         if not all(type(cb) in _KEEP_RECORDS for cb in self.cbs): return super().predict(item, rm_type_tfms, with_input)
         with self.lock.turn(): return self._predict(item, rm_type_tfms, with_input)
 
@@ -173,7 +195,8 @@ class Learner(FitLearner):
         return (detuplify(decoded[:len(inputs)]), *found) if with_input else found
 
     def save(self, file, **kwargs):
-        "fastai's `save`, but atomic: weights, and the optimizer unless `with_opt=False`, in `path/model_dir/{file}.pth`."
+        """fastai's `save`, but atomic: weights, and the optimizer unless `with_opt=False`, in
+        `path/model_dir/{file}.pth`."""
         file = join_path_file(file, self.path/self.model_dir, ext='.pth')
         if not isinstance(file, Path): return super().save(file, **kwargs)
         with self.lock.turn(), atomic_write(file) as f: save_model(f, self.model, self.opt, **kwargs)
@@ -191,36 +214,48 @@ class Learner(FitLearner):
         if self.opt is None: self.create_opt()
         before = training_state(self)
         try:
-            with warnings.catch_warnings(record=True) as said, names_the_file(join_path_file(file, self.path/self.model_dir, ext='.pth')):
+            with (warnings.catch_warnings(record=True) as said,
+                  names_the_file(join_path_file(file, self.path/self.model_dir, ext='.pth'))):
                 super().load(file, device=device, with_opt=with_opt, strict=strict, **kwargs)
         except BaseException:
             load_training_state(self, before)
             raise
-        if _hypers(optimizer_state(self.opt)) != _hypers(before['opt']) or any('Could not load' in str(w.message) for w in said):
+        if _hypers(optimizer_state(self.opt)) != _hypers(before['opt']) or any('Could not load' in str(w.message)
+            for w in said):
             load_optimizer_state(self.opt, before['opt'])
-            warnings.warn(f'the optimizer state in {file} was not loaded, because it is of another optimizer or has other groups. Use with_opt=False to load the weights only.')
+            warnings.warn(f'the optimizer state in {file} was not loaded, because it is of another optimizer or has '
+                          f'other groups. Use with_opt=False to load the weights only.')
         return self
 
     def export(self, fname='export.pkl', **kwargs):
         "fastai's `export`, but atomic; the learner is not changed."
-        if not hasattr(self.dls, 'new_empty') or not all(hasattr(dl, 'new') for dl in self.dls.loaders): raise TrainError(_NEEDS.format('export', type(self.dls.train).__name__))
-        with self.lock.turn(), preserve_attributes(self), held_session(self), atomic_write(self.path.absolute()/fname) as f: super().export(f.name, **kwargs)
+        if not hasattr(self.dls, 'new_empty') or not all(hasattr(dl, 'new') for dl in self.dls.loaders):
+            raise TrainError(_NEEDS.format('export', type(self.dls.train).__name__))
+        with (self.lock.turn(), preserve_attributes(self), held_session(self),
+              atomic_write(self.path.absolute()/fname) as f):
+            super().export(f.name, **kwargs)
 
     def _fit(self, n_epoch, lr, scheds, wd, cbs, *args, **kwargs):
         check_mixing(self, [*self.cbs, *L(cbs)])
-        with self.lock.turn(trains=True), torch.enable_grad(), kept_callbacks(self): super()._fit(n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
+        with self.lock.turn(trains=True), torch.enable_grad(), kept_callbacks(self):
+            super()._fit(n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
 
     def summary(self):
         "fastai's table of layers; history, recorder and the order of the batches are not changed."
-        if not hasattr(self.dls.train, 'one_batch'): raise TrainError(_NEEDS.format('summary', type(self.dls.train).__name__))
-        with self.lock.turn(), preserve_attributes(*learner_parts(self)), preserve_modes(self.model), preserve_rng(*self.dls.loaders): return super().summary()
+        if not hasattr(self.dls.train, 'one_batch'):
+            raise TrainError(_NEEDS.format('summary', type(self.dls.train).__name__))
+        with (self.lock.turn(), preserve_attributes(*learner_parts(self)), preserve_modes(self.model),
+              preserve_rng(*self.dls.loaders)):
+            return super().summary()
 
     @contextmanager
     def _looking(self, ds_idx, dl, cbs):
         "Context manager that restores the learner; loaders give cached features if possible"
-        with self.lock.turn(), stop_between_batches(), kept_callbacks(self), preserve_attributes(*learner_parts(self)), preserve_modes(self.model):
+        with (self.lock.turn(), stop_between_batches(), kept_callbacks(self), preserve_attributes(*learner_parts(self)),
+              preserve_modes(self.model)):
             self._fit_plan = 0, None, None  # no checkpoints during a validation inside a fit
-            with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else held_session(self): yield
+            with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else held_session(self):
+                yield
 
     def lr_find(self,
         start_lr:float=None,  # First learning rate of the head; by default 1e-7, or 1e-6 if a pretrained body trains
@@ -229,11 +264,16 @@ class Learner(FitLearner):
         stop_div:bool=True,   # Stop when the loss diverges
         show_plot:bool=True,  # Draw the curve with both points marked
         suggest_funcs=None,   # fastai's suggestion functions; their results are returned instead
-        ratios=None,          # Relative learning rates of the parameter groups, as `slice(1e-2, 1)`; `start_lr`, `end_lr` and the result are the head's
+        # Relative learning rates of the parameter groups, as `slice(1e-2, 1)`; `start_lr`, `end_lr` and the result are
+        # the head's
+        ratios=None,
         for_epochs:int=None,  # Epochs of the fit that follows: the sweep then takes at most an eighth of its time
-    ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`; a fit accepts it as its learning rate
-        "Learning-rate finder: sweep the learning rate and print `Minimum/10: …, steepest point: …, suggested: …` (not within `no_logging`). The learner is restored."
-        with self.lock.turn(trains=True), torch.enable_grad(), stop_between_batches(), kept_callbacks(self), preserve_rng(*self.dls.loaders), self._seeded(), self._on_features((0,), valid=False):
+    ):                        # `(lr_min, lr_steep)`, with `.suggested`, `.curve`, `.plot()`; a fit accepts it as its
+        # learning rate
+        """Learning-rate finder: sweep the learning rate and print `Minimum/10: …, steepest point: …, suggested: …`
+        (not within `no_logging`). The learner is restored."""
+        with (self.lock.turn(trains=True), torch.enable_grad(), stop_between_batches(), kept_callbacks(self),
+              preserve_rng(*self.dls.loaders), self._seeded(), self._on_features((0,), valid=False)):
             found = find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, None, ratios, for_epochs)
         if hasattr(self, 'recorder'): self.recorder.found_lrs = found
         return found if suggest_funcs is None else found.by(suggest_funcs)
@@ -247,12 +287,16 @@ class Learner(FitLearner):
         finally: bar.hidden = hidden
 
     def restore_best(self,
-        monitor:str|None=None,  # A column of `learn.best_weights.table()`; by default the first metric, else the validation loss
+        # A column of `learn.best_weights.table()`; by default the first metric, else the validation loss
+        monitor:str|None=None,
     ):
         "Restore the weights of the best epoch over all fits. Raises `TrainError` if no epoch was validated."
         best = self.best_weights
-        if not best.best: raise TrainError('no epoch was validated yet, so there are no best weights: fit with a validation set first.')
-        if monitor is not None and monitor not in best.best: raise TrainError(f'there is no best epoch by {monitor!r}; use one of {", ".join(best.best)}.')
+        if not best.best:
+            raise TrainError('no epoch was validated yet, so there are no best weights: fit with a validation set '
+                             'first.')
+        if monitor is not None and monitor not in best.best:
+            raise TrainError(f'there is no best epoch by {monitor!r}; use one of {", ".join(best.best)}.')
         say(self, f'The learner holds the weights of {best.restore(monitor)}.')
         return self
 
@@ -273,9 +317,12 @@ def load_learner(
 ) -> Learner:
     "Load an exported learner, for predictions. An error names the code that is missing here."
     try:
-        with names_the_file(fname): learn = torch.load(fname, map_location='cpu' if cpu else default_device(), pickle_module=pickle_module, weights_only=False)
+        with names_the_file(fname):
+            learn = torch.load(fname, map_location='cpu' if cpu else default_device(), pickle_module=pickle_module,
+                               weights_only=False)
     except (ImportError, AttributeError) as e:
-        e.args = (f'{fname} needs code that is not defined here: {e}. Import or define it under the same name, then load again.',)
+        e.args = (f'{fname} needs code that is not defined here: {e}. Import or define it under the same name, then '
+                  f'load again.',)
         raise
     if cpu: learn.dls.cpu()
     return learn

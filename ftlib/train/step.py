@@ -9,7 +9,8 @@ __all__ = ['is_out_of_memory', 'largest_batch', 'StepLearner']
 from functools import partial
 
 import torch
-from fastai.callback.core import Callback, CancelBackwardException, CancelStepException, CancelTrainException, _inner_loop, event
+from fastai.callback.core import (
+    Callback, CancelBackwardException, CancelStepException, CancelTrainException, _inner_loop, event)
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs, to_concat, to_detach, to_float
@@ -31,7 +32,7 @@ def is_out_of_memory(
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     return isinstance(error, RuntimeError) and any(s in str(error) for s in ("can't allocate memory", 'out of memory'))
 
-
+# %% ../../nbs/61_train.step.ipynb #1546f249
 def largest_batch(
     net,           # A network
     x,             # A batch of images
@@ -39,7 +40,8 @@ def largest_batch(
     loss_func,
     max_size:int=512,  # Largest batch size to try
 ) -> int:
-    "Largest batch size, doubled from 8 on, for which a training step of the whole network fits in memory. Weights and statistics are restored."
+    """Largest batch size, doubled from 8 on, for which a training step of the whole network fits in memory. Weights
+    and statistics are restored."""
     fits, n = 8, 8
     with preserve_rng(), preserve_weights(net):
         net.train().requires_grad_(True)
@@ -54,18 +56,20 @@ def largest_batch(
     if x.device.type == 'cuda': torch.cuda.empty_cache()
     return fits
 
-
+# %% ../../nbs/61_train.step.ipynb #821984d7
 def _repeated(t, n): return t[torch.arange(n, device=t.device) % len(t)].as_subclass(torch.Tensor)
 
 
 def _act(cb, event_name):
-    "What to call for an event: the callback's method; the callback itself if it overrides `__call__`; None if it does nothing"
+    """What to call for an event: the callback's method; the callback itself if it overrides `__call__`; None if it
+    does nothing"""
     if type(cb).__call__ is not Callback.__call__: return partial(cb, event_name)
     if hasattr(type(cb), event_name) or event_name in vars(cb): return getattr(cb, event_name)
 
-
+# %% ../../nbs/61_train.step.ipynb #b6d43d15
 class StepLearner(FreezableLearner):
-    "`FreezableLearner` whose step chooses its precision, and splits batches into micro-batches of `microbatch_size` after an out-of-memory error."
+    """`FreezableLearner` whose step chooses its precision, and splits batches into micro-batches of `microbatch_size`
+    after an out-of-memory error."""
     precision, precision_policy, microbatch_size = 'auto', None, None  # see `Learner`
     features = None  # the `FeatureSession` of the current fit or validation; None while batches are images
     _device = None  # device of the network at the first batch of a pass
@@ -77,7 +81,8 @@ class StepLearner(FreezableLearner):
         for name in [event_name] if isinstance(event_name, str) else event_name: self._call_one(name)
 
     def _call_one(self, event_name):
-        "As in fastai, but the callbacks of an event are looked up once per fit, and their exceptions propagate unchanged"
+        """As in fastai, but the callbacks of an event are looked up once per fit, and their exceptions propagate
+        unchanged"""
         inner = event_name in _inner_loop
         if event_name in ('before_batch', 'after_batch'): check_stop()
         for cb, act in self._listening(event_name):
@@ -103,7 +108,8 @@ class StepLearner(FreezableLearner):
         return super().remove_cb(cb)
 
     def one_batch(self, i, b):
-        "As fastai's; images that could not be opened are left out of a validation. Predictions are given row by row, see `Learner.get_preds`"
+        """As fastai's; images that could not be opened are left out of a validation. Predictions are given row by row,
+        see `Learner.get_preds`"""
         broken = None if self.training or hasattr(self, 'gather_preds') else getattr(self.dl, 'broken', None)
         if broken is None: return super().one_batch(i, b)
         self.iter = i
@@ -116,12 +122,15 @@ class StepLearner(FreezableLearner):
 
     def _do_one_batch(self):
         "As in fastai, in the chosen precision, and in micro-batches if necessary"
-        if self.precision_policy is None and self.training and len(self.yb): self.precision_policy, self._untried = self._fastest(), True
+        if self.precision_policy is None and self.training and len(self.yb):
+            self.precision_policy, self._untried = self._fastest(), True
         if self.iter == 0 and self.training and isinstance(self.opt, TorchOptimizer): self.opt.follow_layout()
         if self.fold_bn and not self.training: self._fold()
         n = find_bs(self.xb)
         while True:
-            try: return self._full_step() if self.microbatch_size is None or n <= self.microbatch_size else self._microbatched_step(n)
+            try:
+                return (self._full_step() if self.microbatch_size is None or n <= self.microbatch_size
+                    else self._microbatched_step(n))
             except (RuntimeError, MemoryError) as e:
                 if not is_out_of_memory(e) or not self._can_split(n): raise
             # Only here, after the except block, which keeps the tensors of the batch alive
@@ -142,17 +151,22 @@ class StepLearner(FreezableLearner):
         self('after_loss')
 
     def _forward(self):
-        "Outputs of the network for `xb`. If the stored precision does not work for this network, single precision is used"
+        """Outputs of the network for `xb`. If the stored precision does not work for this network, single precision is
+        used"""
         policy, untried, self._untried = self.precision_policy or PrecisionPolicy(), self._untried, False
         try:
-            with policy.autocast(self._device): pred = (self._network() if self._fused_model is None else self._fused_model)(*map(policy.to_layout, self.xb))
+            with policy.autocast(self._device):
+                pred = (self._network() if self._fused_model is None
+                        else self._fused_model)(*map(policy.to_layout, self.xb))
         except RuntimeError as e:
             if not untried or policy == PrecisionPolicy() or is_out_of_memory(e): raise
             self.precision_policy = PrecisionPolicy()
             self.precision_policy.apply_to(self.model)
         except ValueError as e:
             if not self.training or 'more than 1 value per channel' not in str(e): raise
-            raise TrainError('a batch of one image cannot train a network with batch norms, which compare the images of a batch: use a larger batch size (bs=), and drop_last=True for loaders of torch.') from e
+            raise TrainError('a batch of one image cannot train a network with batch norms, which compare the images '
+                             'of a batch: use a larger batch size (bs=), and drop_last=True for loaders of '
+                             'torch.') from e
         else: return pred if policy.dtype == 'fp32' else to_float(pred)
         return self._forward()
 
@@ -170,13 +184,15 @@ class StepLearner(FreezableLearner):
         self.dl = loader_of(self, self.dls.train)
         self._with_events(self.all_batches, 'train', CancelTrainException)
 
-    def _do_epoch_validate(self, ds_idx=1, dl=None): super()._do_epoch_validate(ds_idx, loader_of(self, self.dls[ds_idx] if dl is None else dl))
+    def _do_epoch_validate(self, ds_idx=1, dl=None):
+        super()._do_epoch_validate(ds_idx, loader_of(self, self.dls[ds_idx] if dl is None else dl))
 
     def _fold(self):
         "Use a copy with fused batch norms, if there are enough images and no hooks on layers"
         self.fold_bn, x = False, self.xb[0]
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
-        if hooked or len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4 or self.n_iter * len(x) < 256 or hasattr(self, 'mixed_precision'): return
+        few = len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4 or self.n_iter * len(x) < 256
+        if few or hooked or hasattr(self, 'mixed_precision'): return
         self._fused_model = fuse_batch_norms(self._network(), x[:2].as_subclass(torch.Tensor))
         if self.precision_policy is not None: self.precision_policy.apply_to(self._fused_model)
 
@@ -190,7 +206,8 @@ class StepLearner(FreezableLearner):
                 self._forward_and_loss()
                 preds.append(to_detach(self.pred, cpu=False))
                 if not len(yb): continue
-                share = len(self.xb[0]) / n if self.loss.ndim == 0 and getattr(self.loss_func, 'reduction', 'mean') == 'mean' else 1.
+                share = len(self.xb[0]) / n if self.loss.ndim == 0 and getattr(self.loss_func, 'reduction',
+                    'mean') == 'mean' else 1.
                 losses.append(self.loss.detach() * share)
                 if not self.training: continue
                 self.loss_grad = self.loss_grad * share
@@ -204,7 +221,8 @@ class StepLearner(FreezableLearner):
 
     def _can_split(self, n):
         "Can the batch be split further, with correct gradients?"
-        whole = hasattr(self, 'mixed_precision') or any(isinstance(cb, (MixHandler, GradientAccumulation)) for cb in self.cbs)
+        whole = hasattr(self, 'mixed_precision') or any(isinstance(cb, (MixHandler, GradientAccumulation))
+                                                        for cb in self.cbs)
         return min(n, self.microbatch_size or n) > 1 and not whole and all(map(torch.is_tensor, (*self.xb, *self.yb)))
 
     def _shrink_microbatch(self, n):
@@ -212,10 +230,12 @@ class StepLearner(FreezableLearner):
         self.pred = self.loss = self.loss_grad = None  # they keep tensors of the batch alive, too
         if self.training: self.opt.zero_grad()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        print(f'Out of memory: from now on batches of {n} are processed in micro-batches of {self.microbatch_size}, with one optimizer step per {n} images.')
+        print(f'Out of memory: from now on batches of {n} are processed in micro-batches of {self.microbatch_size}, '
+              f'with one optimizer step per {n} images.')
 
     def _fastest(self):
-        "Choose the precision for the stages that train; single precision if there is little to gain, or if a callback controls it"
+        """Choose the precision for the stages that train; single precision if there is little to gain, or if a
+        callback controls it"""
         x, net = self.xb[0], self._network()
         if len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4: return PrecisionPolicy()
         head_alone = self.stage == len(self.model.stages) if self.stage else False

@@ -33,15 +33,20 @@ def vision_learner(
     n_out:int=None,       # Number of outputs; by default the number of classes
     pretrained:bool=True, # False is `weights=None`
     weights='imagenet',   # 'imagenet', a torchvision enum or its name, a file, another learner, or None
-    loss_func=None, opt_func=Adam, lr=1e-3, splitter=None, cbs=None, metrics=None, path=None, model_dir='models', wd=None,
+    loss_func=None, opt_func=Adam, lr=1e-3, splitter=None, cbs=None, metrics=None, path=None, model_dir='models',
+    wd=None,
     wd_bn_bias:bool=False,
-    train_bn:bool=False,  # As in fastai: the norms of frozen stages train, and statistics are updated while the body trains
-    bn:str='auto',        # Batch-norm statistics of stages that train: 'moving' (updated), 'still' (kept), or 'auto': 'still' for pretrained weights
+    # As in fastai: the norms of frozen stages train, and statistics are updated while the body trains
+    train_bn:bool=False,
+    # Batch-norm statistics of stages that train: 'moving' (updated), 'still' (kept), or 'auto': 'still' for pretrained
+    # weights
+    bn:str='auto',
     moms=(.95, .85, .95),
     seed:int=None,        # Seed of the head's initialisation and of each fit
     cache:bool=True,      # Cache the features of frozen stages
     views:int=2,          # Number of random augmentations of each image whose features are cached
-    precision='auto',     # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', or a `PrecisionPolicy`
+    # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', or a `PrecisionPolicy`
+    precision='auto',
     compile=False,        # Compile the network with torch.compile, which takes minutes; True, or the name of a backend
     init=nn.init.kaiming_normal_,
     **head,               # More arguments of `create_network`: cut, custom_head, concat_pool, lin_ftrs, ps, n_in, …
@@ -52,15 +57,19 @@ def vision_learner(
     if not pretrained: weights = None
     if normalize and normalization(dls.train) is not None:
         normalize = False
-        if isinstance(dls, ImageData): warnings.warn('the data loaders normalise the images, so the network does not; use `image_data`, which leaves the normalization to the network.')
+        if isinstance(dls, ImageData):
+            warnings.warn('the data loaders normalise the images, so the network does not; use `image_data`, which '
+                          'leaves the normalization to the network.')
     if isinstance(arch, Network): net, weights = _fitting(arch, n_out), None
     else:
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None: torch.manual_seed(seed)
             net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **(_size_of(dls) | head))
         if normalize and _normalizes(dls): _move_normalization(net, dls, weights is not None)
-    learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs, metrics=metrics, path=path,
-                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms, cache=cache, views=views, precision=precision,
+    learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs,
+    metrics=metrics, path=path,
+                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms, cache=cache,
+                    views=views, precision=precision,
                     seed=seed, compile=compile)
     if getattr(dls, 'auto_bs', False): learn.dls = _as_many_as_fit(learn)
     if weights is not None:
@@ -70,7 +79,7 @@ def vision_learner(
     learn.arch, learn.normalize, learn.n_out = arch, normalize, n_out  # callbacks that keep a log ask for them
     return learn
 
-
+# %% ../../nbs/65_train.vision.ipynb #65458a5a
 def unet_learner(
     dls,                  # fastai's `SegmentationDataLoaders`, or others of images and masks or images
     arch,                 # A function that builds a classifier, such as `resnet34`, or the name of one of torchvision's
@@ -78,7 +87,8 @@ def unet_learner(
     n_out:int=None,       # Channels of the output; by default the data's classes
     pretrained:bool=True, # The encoder has its ImageNet weights, and is frozen at first
     weights=None,         # A torchvision enum of weights; by default the best
-    loss_func=None, opt_func=Adam, lr=1e-3, splitter=None, cbs=None, metrics=None, path=None, model_dir='models', wd=None,
+    loss_func=None, opt_func=Adam, lr=1e-3, splitter=None, cbs=None, metrics=None, path=None, model_dir='models',
+    wd=None,
     wd_bn_bias:bool=False,
     train_bn:bool=False,  # fastai's way: the norms of the frozen encoder learn
     moms=(.95, .85, .95), seed:int=None, precision='auto', compile=False,  # As for `vision_learner`
@@ -90,31 +100,38 @@ def unet_learner(
     if not n_out: raise TrainError('cannot infer the number of classes (no `dls.c`, no `dls.vocab`): pass n_out=.')
     if isinstance(arch, str): arch = get_model_builder(arch)
     meta = model_meta.get(arch, dict(split=default_split))
-    if normalize and pretrained and 'stats' in meta and n_in == len(meta['stats'][0]) and normalization(dls.train) is None:
+    known = 'stats' in meta and n_in == len(meta['stats'][0])
+    if normalize and pretrained and known and normalization(dls.train) is None:
         dls.add_tfms([BatchNormalize.from_stats(*meta['stats'])], 'after_batch')
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
-        net = create_unet_model(arch, n_out, dls.one_batch()[0].shape[-2:], pretrained=pretrained, weights=weights, n_in=n_in, **unet)
-    learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter or meta['split'], cbs=cbs, metrics=metrics, path=path,
-                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, seed=seed, precision=precision, compile=compile)
+        net = create_unet_model(arch, n_out, dls.one_batch()[0].shape[-2:], pretrained=pretrained, weights=weights,
+                                n_in=n_in, **unet)
+    learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter or meta['split'],
+    cbs=cbs, metrics=metrics, path=path,
+                    model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, seed=seed,
+                    precision=precision, compile=compile)
     if pretrained: learn.freeze()
     learn.arch, learn.normalize, learn.n_out, learn.pretrained = arch, normalize, n_out, pretrained
     return learn
 
-
+# %% ../../nbs/65_train.vision.ipynb #5dec446c
 def _normalizes(dls):
     "Are these fastai's loaders, whose batches fastai normalises?"
     return not isinstance(dls, ImageData) and all(hasattr(dl, 'after_batch') for dl in dls.loaders)
 
-
+# %% ../../nbs/65_train.vision.ipynb #c97addb0
 def _move_normalization(net, dls, pretrained):
-    "As fastai has it: batches are normalised by the loader, by the statistics of the weights, and not at all where there are none"
-    if pretrained: dls.add_tfms([BatchNormalize.from_stats(*(o.flatten().tolist() for o in (net.mean, net.std)))], 'after_batch')
+    """As fastai has it: batches are normalised by the loader, by the statistics of the weights, and not at all where
+    there are none"""
+    if pretrained:
+        dls.add_tfms([BatchNormalize.from_stats(*(o.flatten().tolist() for o in (net.mean, net.std)))], 'after_batch')
     net.body.normalize = nn.Identity()
 
-
+# %% ../../nbs/65_train.vision.ipynb #c6b6c168
 def _as_many_as_fit(learn):
-    "Data loaders with the largest batch size that fits in memory, with at least eight steps per epoch; twice that for validation"
+    """Data loaders with the largest batch size that fits in memory, with at least eight steps per epoch; twice that
+    for validation"""
     old, net = learn.dls, learn.model.to(learn.dls.device)
     n = largest_batch(net, *old.train.one_batch(), learn.loss_func, max_size=max(8, min(512, old.train.n // 8)))
     print(f'Batch size {n}.')
@@ -122,15 +139,16 @@ def _as_many_as_fit(learn):
     new.loaders = [dl.new(bs=min(k * n, dl.n)) for k, dl in zip((1, 2), old.loaders)]
     return new
 
-
+# %% ../../nbs/65_train.vision.ipynb #ada7a582
 def _size_of(dls):
     "The image size of the data, if known, so that a network that cannot process it raises an error now"
     return dict(input_size=dls.size) if isinstance(getattr(dls, 'size', None), int) else {}
 
-
+# %% ../../nbs/65_train.vision.ipynb #685a289d
 def _fitting(net, n_out):
     "Check that the head of a network has one output per class"
     last = [m for m in net.head.modules() if isinstance(m, nn.Linear)]
     if last and last[-1].out_features != n_out:
-        raise TrainError(f'the network has {last[-1].out_features} outputs, but the data have {n_out} classes: give a network with {n_out} outputs.')
+        raise TrainError(f'the network has {last[-1].out_features} outputs, but the data have {n_out} classes: give a '
+                         f'network with {n_out} outputs.')
     return net
