@@ -183,7 +183,7 @@ def test_the_rates_after_a_resumed_fit_are_those_of_one_that_was_not_interrupted
     assert len(whole) == 15 and whole[-1] < whole[0]
 
 
-@pytest.mark.parametrize('opt_func', [Adam, SGD, ranger, torch.optim.RMSprop], ids=str)
+@pytest.mark.parametrize('opt_func', [Adam, SGD, ranger, torch.optim.RMSprop], ids=lambda f: f.__name__)
 @pytest.mark.parametrize('k', [2, 3, 5])
 def test_fewer_values_than_stages_are_dealt_out(opt_func, k):
     "As notebooks write for fastai's networks of three groups; the last is the head's, the first the stem's"
