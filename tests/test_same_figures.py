@@ -62,7 +62,7 @@ def test_train_evaluate_and_python_agree(tmp_path, monkeypatch, capsys, make, op
     monkeypatch.setenv("MPLBACKEND", "agg")
     assert not main(["train", str(source), "--arch", "cnn", "--size", "16", "--bs", "8", "--epochs", "2", "--lr",
                      "3e-3", "--out", str(out), *options])
-    assert not main(["evaluate", str(source), "--weights", str(out / "weights.safetensors"), "--out",
+    assert not main(["evaluate", str(source), "--model", str(out / "model.ftl"), "--out",
                      str(tmp_path / "judged")])
     capsys.readouterr()
     split = pd.read_csv(out / "split.csv")
