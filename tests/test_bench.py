@@ -55,5 +55,5 @@ def test_the_bench_of_predictions_runs(root, place):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_csv(out).set_index(["way", "files"])
-    assert table.loc[("predict", 20), "images"] == 18 and table.loc[("predict", 20),
-        "errors"] == 2 and (table["images/s"] > 0).all()
+    assert table.loc[("predict", 20), "images"] == 18 and table.loc[("predict", 20), "errors"] == 2
+    assert ((table["images/s"] > 0) == (table["images"] > 0)).all()

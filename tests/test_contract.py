@@ -29,19 +29,21 @@ from ftlib.train.groups import EvalFrozenModules
 from ftlib.callbacks.history import EpochLog, Recorder
 from ftlib.train.learner import Learner
 from ftlib.lr.finder import LRSweep
+from ftlib.lr.rates import Schedule
 from ftlib.callbacks.progress import Progress
 from ftlib.callbacks.stopping import EarlyStopping
 from ftlib.callbacks.trackers import MonitorCallback, ReduceLROnPlateau
 
 # How those are made that want something said; the others are made of nothing.
 MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"),
-ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
+          ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
+          Schedule: lambda: Schedule({"lr": lambda share: 1. - share / 2}, [1e-3]),
           Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))),
           Hints: lambda: Hints(TEACHER, 'fitnet')}
 # Every learner has the first ones; of `MonitorCallback` others are made, and `LRSweep` belongs to the rate finder
 NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, MonitorCallback, LRSweep}
 FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback,
-"EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
+          "EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
           "fastai's plateau": partial(FastaiPlateau, patience=1), "TerminateOnNaN": fc.TerminateOnNaNCallback,
           "Tracker": fc.TrackerCallback, "MixUp": fc.MixUp,
           "CutMix": fc.CutMix, "GradientAccumulation": partial(fc.GradientAccumulation, 96),

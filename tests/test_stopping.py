@@ -106,7 +106,6 @@ def test_a_validation_in_between_counts_as_no_epoch():
 def test_an_error_in_a_fit_leaves_what_was_best():
     class Fails(EarlyStopping):
         def before_batch(self):
-            super().before_batch()
             if self.learn.training and self.learn.epoch == 2: raise RuntimeError("here")
     learn, stop = learner(Learner), Fails(patience=3)
     learn.add_cb(stop)

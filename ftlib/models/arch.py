@@ -152,7 +152,8 @@ def executed_last(
     """The name of the classifier: the linear layer or 1×1 convolution whose outputs are the network's, up to pooling
     and a softmax."""
     ran, out, side = [], None, _own_size(net) or 224
-    own = [(n, m) for n, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    own = [(n, m) for n, m in net.named_modules() if list(m.parameters(recurse=False))
+           and not any(list(o.parameters()) for o in m.children())]  # a container may have parameters of its own
     hooks = [m.register_forward_hook(lambda m, x, out, n=n: ran.append((n, m, out))) for n, m in own]
     modes = {m: m.training for m in net.modules()}
     channels = [3, *(m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d))]
