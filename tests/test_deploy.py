@@ -178,10 +178,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_headers(shipped, tmp_path, name):
-    from ftlib.deploy.bundle import _digest, bundle_about
+    from ftlib.deploy.bundle_file import bundle_about, bundle_digest
     about, weights = HOSTILE[name](bundle_about(shipped)), load_file(shipped)
     text = json.dumps(about)
-    save_file(weights, tmp_path / "hostile.ftl", metadata={"ftlib": text, "sha256": _digest(text, weights)})
+    save_file(weights, tmp_path / "hostile.ftl", metadata={"ftlib": text, "sha256": bundle_digest(text, weights)})
     with pytest.raises(DeployError): load_bundle(tmp_path / "hostile.ftl")
 
 

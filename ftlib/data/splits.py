@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..errors import DataError, did_you_mean
-from .sources import Source, read_source
+from .source import Source
+from .sources import read_source
 
 # %% ../../nbs/12_data.splits.ipynb #e41a080f
 def check_shares(valid, test):

@@ -26,7 +26,8 @@ from ..data.cache import resize_short_side
 from ..data.images import CenterCrop
 from ..data.loader import LoadImage
 from ..errors import ImageError
-from ..data.sources import _files, _is_image, existing
+from ..data.source import existing
+from ..data.sources import _files, _is_image
 from ..train.learner import Learner
 from ..errors import DeployError
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .bundle import network_with_classes
+from .bundle_file import learner_with_classes
 from .predict import as_predictor
 from ..errors import DeployError
 from ..evaluate.intervals import wilson
@@ -40,10 +40,8 @@ def add_classes(self:Learner,
     if getattr(self.model, 'built_by', None) is None:
         raise DeployError(f'it is not known how this {type(self.model).__name__} was built, so it cannot be built with '
                           f'more outputs.')
-    net = network_with_classes(self.model.built_by, self.model, old, new)
-    grown = vision_learner(dls, net, **dict(metrics=copy.deepcopy(list(self.metrics)), opt_func=self.opt_func) | kwargs)
-    grown.pretrained, net.bn = True, 'still'
-    grown.freeze()
+    like_this = dict(metrics=copy.deepcopy(list(self.metrics)), opt_func=self.opt_func)
+    grown = learner_with_classes(self.model.built_by, self.model, old, dls, **like_this | kwargs)
     fine_tune(grown, 0, epochs, lr)
     grown.added_classes = _table(self, grown, old)
     return grown

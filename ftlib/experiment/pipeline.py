@@ -17,7 +17,8 @@ import pandas as pd
 
 from ..data.sources import read_source
 from ..system.tables import write_csv
-from ..deploy.bundle import bundle_about, load_bundle, save_bundle
+from ..deploy.bundle import load_bundle, save_bundle
+from ..deploy.bundle_file import bundle_about
 from ..evaluate.report import Report
 from ..train.fine_tune import fine_tune
 from ..errors import RunError

@@ -9,37 +9,34 @@ __all__ = ['Learner', 'load_learner']
 import copy
 import pickle
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import fastai.learner
 import pandas as pd
 import torch
 from fastai.callback import hook  # noqa: F401  gives fastai's Learner its `summary`
-from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import join_path_file, save_model
 from fastai.optimizer import Adam
-from fastai.torch_core import default_device, to_cpu, to_device, to_float
-from fastcore.basics import defaults, detuplify, noop
+from fastai.torch_core import default_device
+from fastcore.basics import defaults
 from fastcore.foundation import L
-from torch import nn
 
 from ..system.files import atomic_write, names_the_file
 from ..system.interrupt import stop_between_batches
 from ..system.turns import Turns
 from ..cache.session import held_session
-from ..data.loader import broken_mask
-from ..metrics.activation import LossOfEach, as_cross_entropy, check_mixing, classes_of, probabilities, reduces
+from ..metrics.activation import check_mixing
 from ..callbacks.best import BestWeights
-from .fits import CheckFiniteLoss, FitLearner
+from .fits import CheckFiniteLoss
 from .groups import EvalFrozenModules
+from .predictions import PredictLearner
 from ..errors import TrainError
 from ..callbacks.history import EpochLog, Recorder, plot_history
 from ..lr.finder import find_lr
 from ..lr.rates import LearningRates
-from ..metrics.metric import as_metric, name_apart
-from ..models.precision import PrecisionPolicy, as_precision_policy
+from ..models.precision import as_precision_policy
 from ..callbacks.progress import Progress
 from ..system.console import say
 from ..persist.transaction import (
@@ -50,8 +47,6 @@ from ..persist.transaction import (
 _OURS = {fastai.learner.Recorder: Recorder, ProgressCallback: Progress}  # in place of fastai's default callbacks
 _NEEDS = ('{} needs loaders of fastai, and the training set is a {}: build the data by `image_data`, or wrap its '
           'datasets by `DataLoaders.from_dsets(train, valid, bs=64)`.')
-_KEEP_RECORDS = (TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules,
-    LearningRates, fastai.learner.CastToTensor)
 
 # %% ../../nbs/64_train.learner.ipynb #125374f4
 def _hypers(state):
@@ -59,9 +54,8 @@ def _hypers(state):
     return [sorted(g) for g in state.get('hypers') or state['param_groups']]
 
 # %% ../../nbs/64_train.learner.ipynb #1f49e785
-class Learner(FitLearner):
+class Learner(PredictLearner):
     "Subclass of fastai's Learner that accepts the same arguments."
-    rescale = None  # by `calibrate`: scores → scores that probabilities are made of
     def __init__(self, dls, model,
         loss_func=None,         # By default that of the data
         opt_func=Adam,          # fastai's optimizer function, any torch optimizer class, or a partial of one
@@ -85,8 +79,7 @@ class Learner(FitLearner):
     ):
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, metrics=metrics,
                          path=path, model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn,
-                         moms=moms,
-                         default_cbs=False)
+                         moms=moms, default_cbs=False)
         self.default_cbs = default_cbs
         self.lock = Turns()
         if default_cbs:
@@ -95,8 +88,8 @@ class Learner(FitLearner):
         self.add_cbs(cbs)
         self.cache, self.views, self.seed = cache, views, seed
         if compile: self.model.compile(**({} if compile is True else dict(backend=compile)))
-        self.precision, self.precision_policy = (precision, None if precision == 'auto'
-            else as_precision_policy(precision))
+        self.precision = precision
+        self.precision_policy = None if precision == 'auto' else as_precision_policy(precision)
         self('after_create')
 
     # a copy that is made during a fit has images
@@ -105,94 +98,6 @@ class Learner(FitLearner):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.lock = Turns()
-
-    @property
-    def metrics(self): return self._metrics
-    @metrics.setter
-    def metrics(self, v): self._metrics = name_apart(L([v] if hasattr(v, 'compute') else v).map(as_metric))
-
-    @property
-    def loss_func(self): return self._loss_func
-    @loss_func.setter
-    def loss_func(self, v):
-        self._loss_func, self._has_activation = as_cross_entropy(v), hasattr(v, 'activation') and not getattr(v,
-            'of_torch', False)
-
-    @contextmanager
-    def loss_not_reduced(self):
-        "As fastai's; a loss without `reduction` is asked for one image after another."
-        loss = self.loss_func
-        if not reduces(loss): self.loss_func = LossOfEach(loss)
-        try:
-            with super().loss_not_reduced() if reduces(loss) else nullcontext(): yield
-        finally: self.loss_func = loss
-
-    def validate(self, ds_idx=1, dl=None, cbs=None):
-        "Loss and metrics on the validation set or on `dl`; history and recorder are not changed."
-        with self._looking(ds_idx, dl, cbs): return super().validate(ds_idx, dl, cbs)
-
-    def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, *args,
-                  **kwargs):
-        """fastai's `get_preds`: probabilities for a loss with an `activation`, else what the network gives. Decoded
-        are the classes of any loss that `ftlib.metrics.activation` knows. History and recorder are not changed."""
-        if dl is None: dl = self._own_loader(ds_idx)
-        if dl is not None and not len(dl): raise TrainError('there is nothing to predict: the loader has no images.')
-        inputs = () if with_input else dl  # inputs that are returned must be images
-        with self._looking(ds_idx, inputs, kwargs.get('cbs')):
-            self.fold_bn = self.model._compiled_call_impl is None
-            of_loss = self._has_activation or self.rescale is not None
-            if dl is None and self.features is not None:
-                dl = self.features.loader(self.dls[ds_idx]).new(shuffle=False, drop_last=False)
-            found = super().get_preds(ds_idx, dl, with_input, False, with_loss,
-                                      self.probabilities_of if act is None and of_loss else act or noop, *args,
-                                      **kwargs)
-            preds = found[with_input]
-            broken = broken_mask(self.dls[ds_idx] if dl is None else dl)
-            # no prediction, in place of that of a stand-in
-            if broken is not None and preds is not None and len(preds) == len(broken):
-                for o in (preds, *(found[-1:] if with_loss else ())):
-                    if torch.is_tensor(o) and o.is_floating_point(): o[broken] = float('nan')
-            if not with_decoded or preds is None: return found
-            classes = self._classes(preds if of_loss or act is not None else self.probabilities_of(preds))
-            return (*found[:with_input + 2], classes, *found[with_input + 2:])
-
-    def _own_loader(self, ds_idx):
-        """The loader of a split where it is not one of fastai's; None where it is. Raises `TrainError` where it is
-        empty."""
-        own = self.dls.loaders[ds_idx] if -len(self.dls.loaders) <= ds_idx < len(self.dls.loaders) else ()
-        if not len(own) and not getattr(own, 'n', 0):
-            raise TrainError(f'get_preds(ds_idx={ds_idx}): there are no {"validation " if ds_idx == 1 else ""}images. '
-                             f'Build the data with valid=.2, or give others: get_preds(dl=learn.dls.test_dl(images)).')
-        return None if hasattr(own, 'new') else own
-
-    def probabilities_of(self, out):
-        "Of the network's outputs, by the loss"
-        return probabilities(self.loss_func, out if self.rescale is None else self.rescale(out), self._loss_device())
-
-    def _classes(self, p): return classes_of(self.loss_func, p, self._loss_device(), getattr(self.dls, 'vocab', None))
-    def _loss_device(self): return next((p.device for p in self.model.parameters()), None)
-
-    @torch.no_grad()
-    def predict(self, item, rm_type_tfms=None, with_input=False):
-        """fastai's `predict`: class, its index, probabilities. One forward pass without the events of an epoch, unless
-        callbacks need these."""
-        if not all(type(cb) in _KEEP_RECORDS for cb in self.cbs): return super().predict(item, rm_type_tfms, with_input)
-        with self.lock.turn(): return self._predict(item, rm_type_tfms, with_input)
-
-    def _predict(self, item, rm_type_tfms, with_input):
-        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0)
-        dl.before_iter()  # selects the transforms for prediction
-        device, policy = next(self.model.parameters()).device, self.precision_policy or PrecisionPolicy()
-        x = dl.after_batch(to_device(dl.do_batch([dl.do_item(0)]), device))
-        inputs = x[:getattr(self.dls, 'n_inp', 1)]
-        with preserve_modes(self.model), policy.autocast(device):
-            self.model.eval()
-            out = self.model(*(policy.to_layout(o.as_subclass(torch.Tensor)) for o in inputs))
-        probs = self.probabilities_of(to_float(out)).cpu()
-        number = self._classes(probs)
-        decoded = self.dls.decode_batch((*to_cpu(inputs), number))[0]
-        found = detuplify(decoded[len(inputs):]), number[0], probs[0]
-        return (detuplify(decoded[:len(inputs)]), *found) if with_input else found
 
     def save(self, file, **kwargs):
         """fastai's `save`, but atomic: weights, and the optimizer unless `with_opt=False`, in
@@ -247,15 +152,6 @@ class Learner(FitLearner):
         with (self.lock.turn(), preserve_attributes(*learner_parts(self)), preserve_modes(self.model),
               preserve_rng(*self.dls.loaders)):
             return super().summary()
-
-    @contextmanager
-    def _looking(self, ds_idx, dl, cbs):
-        "Context manager that restores the learner; loaders give cached features if possible"
-        with (self.lock.turn(), stop_between_batches(), kept_callbacks(self), preserve_attributes(*learner_parts(self)),
-              preserve_modes(self.model)):
-            self._fit_plan = 0, None, None  # no checkpoints during a validation inside a fit
-            with self._on_features((0,) if ds_idx == 0 else (), ds_idx == 1, cbs) if dl is None else held_session(self):
-                yield
 
     def lr_find(self,
         start_lr:float=None,  # First learning rate of the head; by default 1e-7, or 1e-6 if a pretrained body trains
