@@ -177,7 +177,7 @@ def fine_tune_run(
     learn,                       # A learner with a frozen body, from `vision_learner`
     epochs:int=5,                # Epochs with the whole network training
     freeze_epochs:int=None,      # Maximum number of epochs of the head before them; by default until it stops improving
-    lr:float|str="auto",         # Learning rate of the head, or 'auto': found by a sweep before each phase
+    lr:float|str="auto",         # Learning rate of the head, or 'auto': chosen for each phase, see `fine_tune`
     **kwargs,                    # More arguments of `fine_tune`: checkpoint, resume, cbs
 ) -> FineTuneResult:                       # Tables, curves and the trained learner
     "Run `fine_tune` and evaluate the validation set. Seconds are wall time."

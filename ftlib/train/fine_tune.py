@@ -19,6 +19,7 @@ from ..system.interrupt import TrainingStopped, stop_between_batches
 from ..callbacks.best import stopped_with
 from ..cache.features import why_not_cached
 from ..errors import TrainError
+from ..lr.finder import usual_lr
 from ..system.console import say
 from ..callbacks.stopping import EarlyStopping
 from ..errors import RunFailed
@@ -86,7 +87,8 @@ def fine_tune(
     epochs:int,              # Epochs with the whole network training
     # Maximum number of epochs of the head; by default 30 on cached features, and 1 if features cannot be cached
     freeze_epochs:int=None,
-    # Learning rate of the head, half of it after a first phase; None: found by a sweep before each phase
+    # Learning rate of the head, half of it after a first phase; None: the head's is found by a sweep, that of the
+    # whole network is `usual_lr`, or found by a sweep where there is none
     lr:float=None,
     **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
 ) -> pd.DataFrame:           # One row per phase, also in `learn.fine_tuning`; the results of the sweeps are in
@@ -170,8 +172,8 @@ class _Run:
         with self._every_view_anew():
             learn.freeze_to(k)
             try:
-                lr = self.lr / (2 if self.rows else 1) if self.lr else self._learning_rate('whole network',
-                    ratios=ratios.tolist(), for_epochs=epochs)
+                lr = self.lr / (2 if self.rows else 1) if self.lr else usual_lr(learn) or self._learning_rate(
+                    'whole network', ratios=ratios.tolist(), for_epochs=epochs)
                 learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5.,
                                     **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
             finally: learn.unfreeze()

@@ -109,7 +109,7 @@ class FitLearner(StepLearner):
 
     def fine_tune(self,
         epochs:int,              # Epochs with the whole network training
-        base_lr:float=None,      # Learning rate, as in fastai; None: found by a sweep before each phase
+        base_lr:float=None,      # Learning rate, as in fastai; None: chosen for each phase, see `ftlib.train.fine_tune`
         # Epochs of the head alone before them; without `base_lr` at most so many, by default until it stops improving
         freeze_epochs:int=None,
         lr_mult:float=None,      # As in fastai (100): the head's learning rate over that of the first stage
