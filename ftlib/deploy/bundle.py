@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 
 import ftlib
 from .bundle_file import (
@@ -177,12 +176,3 @@ def load_bundle(
         raise DeployError(f'{path} says that its images are {prepare}, which cannot be.')
     return Bundle(net.eval().requires_grad_(False).to(device), about['classes'], prepare, about['temperature'],
                   about['threshold'], device, about=about)
-
-# %% ../../nbs/91_deploy.bundle.ipynb #8bac2d4c
-@patch
-def bundle(self:Learner,
-    path,              # Where to: 'flowers.ftl'
-    **kwargs,          # More arguments of `save_bundle`: licence, author, notes
-) -> Path:
-    "Write the classifier as one file: weights, classes, preparation of images, figures. See `save_bundle`."
-    return save_bundle(self, path, **kwargs)

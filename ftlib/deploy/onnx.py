@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from ..data.decode import open_image
@@ -192,15 +191,6 @@ def compare_onnx(
         rows.append({'path': row['path'], 'class': row['class'], 'class in ONNX': shipped.classes[int(theirs.argmax())],
                      'difference': max(abs(float(p) - ours[c]) for c, p in zip(shipped.classes, theirs))})
     return pd.DataFrame(rows)
-
-# %% ../../nbs/92_deploy.onnx.ipynb #40dc29f5
-@patch
-def export_onnx(self:Learner,
-    path,          # Where to: 'flowers.onnx'
-    **kwargs,      # More arguments of `write_onnx`: images, tolerance, opset, int8, max_drop
-) -> pd.DataFrame:
-    "Write the classifier as ONNX, after it was compared with the learner over the validation images. See `write_onnx`."
-    return write_onnx(self, path, **kwargs)
 
 # %% ../../nbs/92_deploy.onnx.ipynb #c4c136c4
 def quantise_onnx(

@@ -21,7 +21,6 @@ from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
-import ftlib.evaluate.calibrate  # gives learners `calibration`
 from ..data.cache import resize_short_side
 from ..data.images import CenterCrop
 from ..data.loader import LoadImage

@@ -31,6 +31,7 @@ from ..metrics.activation import check_mixing
 from ..callbacks.best import BestWeights
 from .fits import CheckFiniteLoss
 from .groups import EvalFrozenModules
+from .methods import LearnerMethods
 from .predictions import PredictLearner
 from ..errors import TrainError
 from ..callbacks.history import EpochLog, Recorder, plot_history
@@ -54,7 +55,7 @@ def _hypers(state):
     return [sorted(g) for g in state.get('hypers') or state['param_groups']]
 
 # %% ../../nbs/64_train.learner.ipynb #1f49e785
-class Learner(PredictLearner):
+class Learner(LearnerMethods, PredictLearner):
     "Subclass of fastai's Learner that accepts the same arguments."
     def __init__(self, dls, model,
         loss_func=None,         # By default that of the data
