@@ -7,7 +7,7 @@ __all__ = ['FASTAI_USES_IMAGES', 'uses_images']
 
 # %% ../../nbs/31_cache.uses_images.ipynb #b2eba209
 from fastai.callback import fp16, progress, schedule, tracker, training
-from fastai.callback.core import Callback, FetchPredsCallback, GatherPredsCallback, TrainEvalCallback
+from fastai.callback.core import FetchPredsCallback, GatherPredsCallback, TrainEvalCallback
 from fastai.callback.hook import HookCallback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import CastToTensor, Recorder, SkipToEpoch

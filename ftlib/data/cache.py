@@ -18,9 +18,8 @@ import torch
 from fastai.vision.core import PILImage
 from PIL import Image
 
-from ftlib.system.files import (
-    cache_folder, cache_table, checksum, clear_cache, own_files, own_folder, read_list, evict_lru, write_list,
-    atomic_write)
+from ..system.files import (
+    atomic_write, cache_folder, checksum, evict_lru, own_files, own_folder, read_list, write_list)
 from ..system.interrupt import check_stop
 from ..errors import ImageError
 from .decode import LazyImage, open_image

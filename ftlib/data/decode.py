@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastai.vision.core import PILImage
 from PIL import Image, ImageOps, UnidentifiedImageError
-from ..errors import DataError, ImageError
+from ..errors import ImageError
 
 # %% ../../nbs/10_data.decode.ipynb #af6f5a01
 # Exceptions that PIL raises on damaged files.

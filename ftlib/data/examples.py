@@ -7,7 +7,6 @@ __all__ = ['BREEDS', 'EXAMPLES', 'Example', 'example_data', 'Demo', 'solar_cells
 
 # %% ../../nbs/18_data.examples.ipynb #7985e60d
 import os
-import shutil
 import tarfile
 import tempfile
 import zipfile

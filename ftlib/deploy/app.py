@@ -18,7 +18,6 @@ from .predict import Predictor, as_predictor
 from .uploads import Limits, check_upload, classify_uploads
 from ..errors import DeployError, ImageError
 from ..system.tables import write_csv
-from ..train.learner import Learner
 
 # %% ../../nbs/92f_deploy.app.ipynb #21c8a13a
 def read_upload(

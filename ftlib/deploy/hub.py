@@ -12,7 +12,6 @@ from pathlib import Path
 
 
 from ..errors import DeployError
-from ..train.learner import Learner
 
 # %% ../../nbs/92g_deploy.hub.ipynb #7434ef08
 FILE = 'model.ftl'  # Name of a bundle in a repository

@@ -18,7 +18,6 @@ import torch
 from .onnx import _write, calibration_images, quantise_onnx
 from .predict import as_predictor
 from ..errors import DeployError
-from ..train.learner import Learner
 
 # %% ../../nbs/92b_deploy.latency.ipynb #dc89ba4c
 def _torch_ways(shipped):

@@ -20,7 +20,6 @@ from ..data.decode import open_image
 from ..errors import DeployError
 from ..evaluate.intervals import wilson
 from .predict import Predictor, as_predictor
-from ..train.learner import Learner
 
 # %% ../../nbs/92_deploy.onnx.ipynb #97b8aa1a
 _ONE = 1 << 22  # Pillow's weights are multiples of 1 / _ONE

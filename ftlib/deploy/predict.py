@@ -27,7 +27,6 @@ from ..data.loader import LoadImage
 from ..errors import ImageError
 from ..data.source import existing
 from ..data.sources import _files, _is_image
-from ..train.learner import Learner
 from ..errors import DeployError
 
 # %% ../../nbs/90_deploy.predict.ipynb #46fae537

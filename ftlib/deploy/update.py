@@ -17,7 +17,6 @@ from ..errors import DeployError
 from ..evaluate.intervals import wilson
 from ..train.fine_tune import fine_tune
 from ..train.learner import Learner
-from ..train.vision import vision_learner
 
 # %% ../../nbs/92c_deploy.update.ipynb #550192b1
 def add_classes(

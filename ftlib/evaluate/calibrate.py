@@ -19,7 +19,6 @@ from ..errors import EvaluateError
 from ..data.loader import broken_mask
 from .report import Report, resolve_dl
 from ..metrics.activation import check_probabilities, probabilities
-from ..train.learner import Learner
 
 # %% ../../nbs/86_evaluate.calibrate.ipynb #26e2f688
 def fit_temperature(

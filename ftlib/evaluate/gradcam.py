@@ -8,7 +8,6 @@ __all__ = ['grad_cam', 'class_maps', 'plot_grad_cam']
 # %% ../../nbs/87_evaluate.gradcam.ipynb #692ae1a8
 from pathlib import Path
 
-import numpy as np
 import torch
 from fastai.torch_core import to_device, to_np
 from torch import nn
@@ -18,7 +17,6 @@ from ..errors import EvaluateError
 from .plots import plot_images
 from .report import Report
 from ..models.network import Network
-from ..train.learner import Learner
 from ..persist.transaction import eval_mode
 
 # %% ../../nbs/87_evaluate.gradcam.ipynb #6fffba66

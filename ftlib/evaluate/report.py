@@ -29,7 +29,6 @@ from .page import page
 from .plots import plot_calibration, plot_confusion, plot_coverage, plot_per_class, plot_images
 from .scores import SingleLabel, coverage
 from ..metrics.activation import check_probabilities
-from ..train.learner import Learner
 
 # %% ../../nbs/85_evaluate.report.ipynb #350c7834
 class Report:

@@ -7,7 +7,6 @@ __all__ = ['paired_test', 'holm']
 
 # %% ../../nbs/93_experiment.paired.ipynb #adeb5910
 import numpy as np
-import pandas as pd
 from ..errors import CompareError
 
 # %% ../../nbs/93_experiment.paired.ipynb #e5aa38aa

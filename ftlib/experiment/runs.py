@@ -11,11 +11,9 @@ import re
 import threading
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from fastai.torch_core import to_device
 

@@ -8,7 +8,6 @@ __all__ = ['HEAD_LR', 'WHOLE_LR', 'WITHIN', 'SuggestedLRs', 'NoSweep', 'usual_lr
 # %% ../../nbs/48_lr.finder.ipynb #75cccdeb
 import copy
 from collections import namedtuple
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,6 @@ from fastai.callback.schedule import slide, valley
 from fastai.learner import Learner as FastaiLearner
 from fastai.torch_core import tensor
 from fastcore.foundation import L
-from torch import nn
 
 from ..cache.session import loader_of
 from ..errors import CurveError

@@ -8,7 +8,7 @@ __all__ = ['schedules', 'spread', 'group_lrs', 'check_rates', 'Constant', 'Step'
 
 # %% ../../nbs/45_lr.schedule.ipynb #194d6c4d
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 from ..errors import RateError, did_you_mean

@@ -15,7 +15,6 @@ import torch
 import torchvision
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from torch import nn
 from .trace import n_params
 from ..errors import ArchError, did_you_mean

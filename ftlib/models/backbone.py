@@ -14,7 +14,7 @@ from fastai.vision.learner import create_head
 from pathlib import Path
 from torch import nn
 from ..errors import ArchError
-from .arch import backbones, find_arch, timm_tags, torchvision_names
+from .arch import find_arch, timm_tags, torchvision_names
 from .network import Body, Network, Normalize
 from .stages import split
 from .weights import SUFFIXES, body_state, download, rename_by_order, load_state, packaged_file, read_state

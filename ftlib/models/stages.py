@@ -9,7 +9,7 @@ __all__ = ['CutPoint', 'n_positions', 'cut_points', 'cuts', 'split']
 import operator
 from dataclasses import dataclass
 from torch import fx, nn
-from .trace import BATCH, NUMBERS, n_params, opaque, shapes, trace
+from .trace import BATCH, NUMBERS, opaque, shapes, trace
 
 # %% ../../nbs/22_models.stages.ipynb #a8ac93d3
 @dataclass

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
 from fastai.losses import BaseLoss
 from torch import nn
 
 from ..errors import IdentityError
 from ..data.cache import digest, image_hash
 from .callback_state import load_callback_states, callback_state
-from ..errors import TrainError
 from ..cache.features import targets_of
 from ..cache.identity import identity
 from ..metrics.metric import checked_mode, lower_is_better

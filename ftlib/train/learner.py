@@ -6,7 +6,6 @@
 __all__ = ['Learner', 'load_learner']
 
 # %% ../../nbs/64_train.learner.ipynb #cbaf9788
-import copy
 import pickle
 import warnings
 from contextlib import contextmanager
