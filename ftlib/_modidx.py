@@ -1089,6 +1089,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftlib.lr.finder._affordable': ('lr.finder.html#_affordable', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder._found': ('lr.finder.html#_found', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder.find_lr': ('lr.finder.html#find_lr', 'ftlib/lr/finder.py'),
+                                 'ftlib.lr.finder.moves_statistics': ('lr.finder.html#moves_statistics', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder.sweep': ('lr.finder.html#sweep', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder.usual_lr': ('lr.finder.html#usual_lr', 'ftlib/lr/finder.py')},
             'ftlib.lr.optimizer': { 'ftlib.lr.optimizer.StageLookahead': ('lr.optimizer.html#stagelookahead', 'ftlib/lr/optimizer.py'),

@@ -7,7 +7,7 @@ __all__ = ['RATIO', 'HARDLY', 'Judgement', 'judge', 'Verdict', 'compare_on_image
 
 # %% ../../nbs/62_train.fine_tune.ipynb #f2c4ed5d
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..system.interrupt import TrainingStopped, stop_between_batches
 from ..callbacks.best import stopped_with
 from ..cache.features import why_not_cached
 from ..errors import TrainError
-from ..lr.finder import usual_lr
+from ..lr.finder import moves_statistics, usual_lr
 from ..system.console import say
 from ..callbacks.stopping import EarlyStopping
 from ..errors import RunFailed
@@ -76,7 +76,8 @@ def compare_on_images(
                    p, p_loss)
 
 # %% ../../nbs/62_train.fine_tune.ipynb #e28d251b
-RATIO = 100  # The head's learning rate over that of the first stage
+# The head's learning rate over that of the first stage, by batch-norm statistics of the body: bench/batch_norm.py
+RATIO = {'still': 100, 'moving': 10}
 # Stages with less than this of the head's learning rate would hardly move, so they stay frozen: a step takes a quarter
 # less time
 HARDLY = 1 / 30
@@ -90,6 +91,9 @@ def fine_tune(
     # Learning rate of the head, half of it after a first phase; None: the head's is found by a sweep, that of the
     # whole network is `usual_lr`, or found by a sweep where there is none
     lr:float=None,
+    # First stage that trains in the second phase, as for `learn.freeze_to`; the stages before it give cached features.
+    # By default all stages train but those that would hardly move
+    freeze_to:int|str=None,
     **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
 ) -> pd.DataFrame:           # One row per phase, also in `learn.fine_tuning`; the results of the sweeps are in
     # `learn.sweeps`
@@ -98,7 +102,7 @@ def fine_tune(
     for name, n in (('epochs', epochs), ('freeze_epochs', freeze_epochs)):
         if n is not None and (not isinstance(n, (int, np.integer)) or n < 0):
             raise TrainError(f'{name}={n!r}: give an integer number of epochs, 0 or more.')
-    run = _Run(learn, lr, kwargs)
+    run = _Run(learn, lr, freeze_to, kwargs)
     with stop_between_batches():
         try: run.train(epochs, freeze_epochs)
         except KeyboardInterrupt as e: raise TrainingStopped(run.restore_best_so_far()) from e.__cause__
@@ -121,14 +125,16 @@ def _copy_of(model): return {k: v.detach().to('cpu', copy=True) for k, v in mode
 # %% ../../nbs/62_train.fine_tune.ipynb #3ab44d90
 class _Run:
     "State of one call of `fine_tune`"
-    def __init__(self, learn, lr, kwargs):
-        self.learn, self.lr, self.kwargs, self.rows, self.sweeps, self.head = learn, lr, kwargs, [], {}, None
+    def __init__(self, learn, lr, freeze_to, kwargs):
+        self.learn, self.lr, self.freeze_to, self.kwargs = learn, lr, freeze_to, kwargs
+        self.rows, self.sweeps, self.head = [], {}, None
         self.start, self.head_weights, self.n_rows = _copy_of(learn.model), None, len(learn.epoch_log.rows)
         loaders = learn.dls.loaders
         self.validates = len(loaders) > 1 and len(loaders[1]) > 0
 
     def train(self, epochs, freeze_epochs):
         if self.learn.opt is None: self.learn.create_opt()
+        if self.freeze_to is not None: self.learn.freeze_to(self.freeze_to)  # an unknown stage is named before all else
         if freeze_epochs != 0 and self._has_head(freeze_epochs): self._train_head(freeze_epochs)
         if self.rows and self.validates: self._remember_head()
         if epochs: self._train_all(epochs)
@@ -167,18 +173,18 @@ class _Run:
         if self.head_weights is not None: learn.best_weights.restore('valid_loss')
         n = len(learn.opt.hypers)
         # for random weights all stages have the same learning rate
-        ratios = np.geomspace(1 / RATIO, 1, n) if learn.pretrained and n > 1 else np.ones(n)
-        k = int((ratios < HARDLY).sum())
-        with self._every_view_anew():
-            learn.freeze_to(k)
+        ratio = RATIO['moving' if moves_statistics(learn.model) else 'still'] if learn.pretrained else 1.
+        ratios = np.geomspace(1 / ratio, 1, n)
+        with nullcontext() if self.freeze_to is not None else self._every_view_anew():
+            learn.freeze_to(int((ratios < HARDLY).sum()) if self.freeze_to is None else self.freeze_to)
+            k = learn.opt.frozen_idx
             try:
                 lr = self.lr / (2 if self.rows else 1) if self.lr else usual_lr(learn) or self._learning_rate(
                     'whole network', ratios=ratios.tolist(), for_epochs=epochs)
                 learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5.,
                                     **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
             finally: learn.unfreeze()
-        self._note('whole network', lr, start, 'of all stages' if not k
-                   else f'of all stages but {" and ".join(learn.groups_table().index[:k])}')
+        self._note('whole network', lr, start, f'from {learn.groups_table().index[k]} on' if k else 'of all stages')
 
     @contextmanager
     def _every_view_anew(self):

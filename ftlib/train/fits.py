@@ -115,19 +115,21 @@ class FitLearner(StepLearner):
         lr_mult:float=None,      # As in fastai (100): the head's learning rate over that of the first stage
         pct_start:float=None,    # As in fastai (.3): the share of the second phase in which the learning rate rises
         div:float=None,          # As in fastai (5): the peak of that learning rate over its start
+        # First stage that trains in the second phase, as for `freeze_to`; by default see `ftlib.train.fine_tune`
+        freeze_to:int|str=None,
         **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
     ):
         """Train the head, then the whole network, and keep the better of both (`ftlib.train.fine_tune`). With
         `base_lr`, `lr_mult`, `pct_start` or `div` it is fastai's `fine_tune`."""
         if all(o is None for o in (base_lr, lr_mult, pct_start, div)):
-            fine_tune(self, epochs, freeze_epochs, **kwargs)
+            fine_tune(self, epochs, freeze_epochs, freeze_to=freeze_to, **kwargs)
             return
         base_lr, lr_mult, pct_start, div = (given if given is not None else default for given,
                                             default in ((base_lr, 2e-3), (lr_mult, 100), (pct_start, .3), (div, 5.)))
         freeze_epochs = 1 if freeze_epochs is None else freeze_epochs
         self.freeze()
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
-        self.unfreeze()
+        self.freeze_to(0 if freeze_to is None else freeze_to)
         self.fit_one_cycle(epochs, slice(base_lr / 2 / lr_mult, base_lr / 2), pct_start=pct_start, div=div, **kwargs)
 
     def gradual_unfreeze(self,
