@@ -89,10 +89,17 @@ class Library:
         return self.vision_learner(dls or self.images(), arch,
                                    **(dict(pretrained=False, path=self.tmp, metrics=self.accuracy) | kw))
 
-    def segmentation(self):
+    def grey(self):
+        block = self.DataBlock((self.ImageBlock(self.PILImageBW), self.CategoryBlock), get_items=lambda _: self.files(),
+                               get_y=lambda p: p.name.split("_")[0], splitter=self.IndexSplitter(list(range(6))),
+                               item_tfms=self.Resize(32, method="squish"))
+        return block.dataloaders(folder(), bs=4, num_workers=0, device=torch.device("cpu"))
+
+    def segmentation(self, **kw):
         block = self.DataBlock((self.ImageBlock, self.MaskBlock(list("abc"))), get_items=lambda _: self.files()[:8],
         get_y=mask_of,
-                               splitter=self.IndexSplitter([0, 1, 2, 3]), item_tfms=self.Resize(32, method="squish"))
+                               splitter=self.IndexSplitter([0, 1, 2, 3]),
+                               **dict(item_tfms=self.Resize(32, method="squish")) | kw)
         return block.dataloaders(folder(), bs=4, num_workers=0, device=torch.device("cpu"))
 
     def block(self, target, get_y, **kw):
@@ -390,9 +397,36 @@ call("vision_three_lrs", lambda L: (l := L.vision(), l.fit(1, [1e-5, 1e-4, 1e-3]
 call("vision_splitter", lambda L: (l := L.vision(splitter=L.default_split), l.create_opt(), len(l.opt.param_lists))[-1])
 for n, kw in dict(no_concat=dict(concat_pool=False), widths=dict(lin_ftrs=[32]), ps=dict(ps=.1),
 first=dict(first_bn=False), final=dict(bn_final=True), linear=dict(lin_first=True), y=dict(y_range=(0, 1)),
-                  n_out=dict(n_out=7), grey=dict(n_in=1), no_init=dict(init=None)).items():
+                  n_out=dict(n_out=7), no_init=dict(init=None)).items():
     call(f"vision_head_{n}", lambda L, kw=kw: (m := L.vision(**kw).model, [type(o).__name__ for o in m[1]],
-                                               shape(m.eval()(torch.rand(2, kw.get("n_in", 3), 64, 64))))[1:])
+                                               shape(m.eval()(torch.rand(2, 3, 64, 64))))[1:])
+call("vision_head_grey", lambda L: (m := L.vision(L.grey(), n_in=1).model, [type(o).__name__ for o in m[1]],
+                                    shape(m.eval()(torch.rand(2, 1, 64, 64))))[1:])
+call("vision_other_channels", lambda L: type(L.vision(n_in=1)).__name__)
+
+
+def flipped(image, **others):
+    "Takes and gives arrays by name, as a transform of albumentations does"
+    return {k: np.ascontiguousarray(v[:, ::-1]) for k, v in dict(image=image, **others).items()}
+
+
+def arrays(L, masks):
+    "The way of fastai's tutorial on albumentations: an item transform of both, image and target"
+    class Both(L.ItemTransform):
+        split_idx = 0
+        def encodes(self, xy):
+            x, y = xy
+            if not masks: return L.PILImage.create(flipped(image=np.array(x))["image"]), y
+            out = flipped(image=np.array(x), mask=np.array(y))
+            return L.PILImage.create(out["image"]), L.PILMask.create(out["mask"])
+    return [Both(), L.Resize(32, method="squish")]
+
+
+call("arrays_batch", lambda L: L.images(item_tfms=arrays(L, False)).train.new(shuffle=False).one_batch()[0].mean(2))
+call("arrays_trained", lambda L: (l := L.vision(L.images(item_tfms=arrays(L, False))), l.fit(1, .01),
+                                  len(l.recorder.losses), len(l.recorder.values))[2:])
+call("arrays_masks", lambda L: [o.float().mean(-1) for o in L.segmentation(item_tfms=arrays(L, True)).train.new(
+    shuffle=False).one_batch()])
 
 
 class Means(nn.Module):

@@ -1,22 +1,37 @@
 """Kinds of input that were wrong once: networks without a classifier or with it first, odd outputs, tables, names and
 files."""
 
+import ast
 import os
 import pickle
+import types
+from multiprocessing.reduction import ForkingPickler
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
+from fastai.data.transforms import IndexSplitter, get_image_files, parent_label
+from fastai.torch_core import TensorImage
+from fastai.vision.augment import Resize
+from fastai.vision.core import PILImage, PILImageBW
+from fastai.vision.data import ImageBlock
+from fastai.vision.learner import _resnet_split
+from fasttransform import Transform
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from ftlib import Learner, backbone, cnn, image_data, load_learner, vision_learner
+from ftlib import Learner, backbone, cnn, compare, create_network, image_data, load_learner, vision_learner
 from ftlib.errors import ArchError, DamagedError, DataError, TrainError, WeightsError
 from ftlib.models.arch import executed_last
+from ftlib.system.files import cache_folder
 
 
 def files(folder, classes="ab", n=6, side=16, name="{}.png"):
@@ -110,6 +125,186 @@ def test_a_batch_of_one_image_is_named(tmp_path):
     learn.model.head.insert(0, nn.BatchNorm1d(learn.model.width)) if isinstance(learn.model.head,
         nn.Sequential) else None
     with learn.no_bar(), learn.no_logging(), pytest.raises(TrainError, match="batch of one image"): learn.fit(1, 1e-3)
+    with pytest.raises(TrainError, match="batch of one image"): learn.lr_find(num_it=60, show_plot=False)
+
+
+# ---- what a network is built for
+
+class Channels(Transform):
+    "Other channels, as of a satellite: the first ones again, up to `n`"
+    order = 60
+    def __init__(self, n): self.n = n
+    def encodes(self, x: TensorImage): return TensorImage(x[:, [i % x.shape[1] for i in range(self.n)]])
+
+
+def bands(folder, n, first=PILImage):
+    "fastai's loaders of images of `n` channels"
+    files(folder, n=8)
+    block = DataBlock((ImageBlock(first), CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                      splitter=IndexSplitter(list(range(4))), item_tfms=Resize(32), batch_tfms=Channels(n))
+    return block.dataloaders(folder, bs=4, num_workers=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pretrained", [True, False], ids=["pretrained", "new"])
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_images_of_other_channels_name_n_in_and_leave_the_loaders(tmp_path, n, pretrained):
+    dls = bands(tmp_path, n)
+    kw = dict(weights=create_network("resnet18", 2, weights=None) if pretrained else None, precision="fp32")
+    transforms, state = list(dls.train.after_batch.fs), dls.train.rng.getstate()
+    with pytest.raises(ArchError, match=f"{n} channels, and the network takes 3: pass n_in={n}"):
+        vision_learner(dls, "resnet18", **kw)
+    assert list(dls.train.after_batch.fs) == transforms and dls.train.rng.getstate() == state
+    learn = vision_learner(dls, "resnet18", n_in=n, **kw)  # the same loaders
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.history.valid_loss.notna().all()
+
+
+def test_grey_images_are_repeated_and_one_channel_after_that_is_refused(tmp_path):
+    dls = bands(tmp_path, 1, PILImageBW)
+    vision_learner(dls, "resnet18", weights=create_network("resnet18", 2, weights=None)).validate()
+    with pytest.raises(ArchError, match="3 channels.*takes 1.*make the loaders anew"):
+        vision_learner(dls, "resnet18", n_in=1, weights=None)
+    with pytest.raises(ArchError, match="pass n_in=1"):  # nothing is normalised, so nothing repeats the channel
+        vision_learner(bands(tmp_path, 1, PILImageBW), "resnet18", weights=None, normalize=False)
+
+
+def test_a_transform_that_fails_fails_in_the_fit(tmp_path):
+    class Fails(Channels):
+        def encodes(self, x: TensorImage): raise ZeroDivisionError("mine")
+    dls = data(tmp_path, augment=[Fails(3)])
+    learn = vision_learner(dls, "resnet18", weights=None)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ZeroDivisionError, match="mine"): learn.fit(1, 1e-3)
+
+
+def small_vit(image_size=64): return models.VisionTransformer(image_size, 8, 1, 2, 16, 16)
+
+
+@pytest.mark.parametrize("arch, size, ways", [
+    ("timm/test_vit3", 96, ["img_size=96", "dynamic_img_size=True"]), (small_vit, 32, ["image_size=32"]),
+    ("timm/deit_tiny_distilled_patch16_224", 64, ["img_size=64", "dynamic_img_size=True"])])
+def test_a_network_for_another_size_names_the_arguments_of_its_builder(arch, size, ways):
+    with pytest.raises(ArchError, match="It was built for") as e:
+        create_network(arch, 2, weights=None, input_size=size)
+    for way in ways:
+        assert f"pass {way}" in str(e.value)
+        name, value = way.split("=")
+        net = create_network(arch, 2, weights=None, input_size=size, **{name: ast.literal_eval(value)})
+        assert net.eval()(torch.rand(2, 3, size, size)).shape == (2, 2)
+
+
+def test_position_embeddings_of_another_size_are_explained(tmp_path):
+    state = timm.create_model("test_vit").state_dict()
+    with pytest.raises(WeightsError, match="pos_embed.*dynamic_img_size=True"):
+        create_network("timm/test_vit", 2, weights=state, input_size=64, img_size=64)
+    net = create_network("timm/test_vit", 2, weights=state, input_size=64, dynamic_img_size=True)
+    assert net.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 2)
+    with pytest.raises(WeightsError) as e:
+        create_network("timm/test_vit", 2, weights={k: v for k, v in state.items() if "blocks" not in k})
+    assert "dynamic_img_size" not in str(e.value)
+
+
+def third_of_children(m): return [list(c.parameters()) for c in list(m[0].children())[:2]] + [list(m[1].parameters())]
+
+
+SPLITTERS = {"a part that is not there": lambda m: [list(m[0][0][:3].parameters()), list(m[1].parameters())],
+             "an index too high": lambda m: [list(m[0][9].parameters()), list(m[1].parameters())],
+             "a name of another network": lambda m: [list(m[0].layer1.parameters()), list(m[1].parameters())],
+             "fastai's of resnets": _resnet_split, "children by number": third_of_children}
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_a_splitter_for_another_body_is_refused_with_the_parts_of_this_one(tmp_path, name):
+    with pytest.raises(TrainError, match="normalize, stem, stage1"):
+        vision_learner(data(tmp_path), "resnet18", weights=create_network("resnet18", 2, weights=None),
+                       splitter=SPLITTERS[name])
+
+
+def test_a_splitter_of_the_users_own_network_raises_its_own_error(tmp_path):
+    learn = Learner(data(tmp_path), nn.Sequential(nn.Flatten(), nn.Linear(768, 2)), splitter=lambda m: m[9])
+    with pytest.raises(IndexError): learn.create_opt()
+    ours = vision_learner(data(tmp_path), "resnet18", weights=create_network("resnet18", 2, weights=None),
+                          splitter=lambda m: [list(m[0][:3].parameters()), list(m[0][3:].parameters()),
+                                              list(m[1].parameters())])
+    assert len(ours.opt.param_lists) == 3 and sum(map(len, ours.opt.param_lists)) == len(list(ours.model.parameters()))
+
+
+def test_a_small_network_of_torchs_loaders_needs_its_size():
+    loader = torch.utils.data.DataLoader([(torch.rand(3, 8, 8), 0)] * 4, 2)
+    with pytest.raises(ArchError, match="size=..., n_in=..."): cnn(DataLoaders(loader, loader))
+
+
+# ---- names that are drawn
+
+DRAWN = ["US$ to CA$", "$x_1$", "$10 ^$", "_left out", "a % b", "{c}", r"\frac"]
+
+
+def texts(): return [t.get_text() for fig in map(plt.figure, plt.get_fignums()) for t in fig.findobj(Text)]
+
+
+def drawn_plainly():
+    "Every figure can be drawn, and none of our names is a formula"
+    for fig in map(plt.figure, plt.get_fignums()):
+        fig.canvas.draw()
+        assert not [t for t in fig.findobj(Text) if any(n in t.get_text() for n in DRAWN) and t.get_parse_math()]
+
+
+@pytest.mark.parametrize("draw", ["show_batch", "show_results", "given axes"])
+def test_names_of_classes_are_drawn_as_they_are(draw):
+    plt.close("all")
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 255, (28, 16, 16, 3)).astype("uint8"))
+    dls = image_data({"image": images, "label": DRAWN * 4}, size=16, bs=14, num_workers=0, augment=None)
+    learn = vision_learner(dls, cnn(dls, channels=(4,)), precision="fp32")
+    others, _ = plt.subplots()
+    others.axes[0].set_title("$x^2$")  # a formula of the user's own
+    if draw == "show_batch": dls.show_batch(max_n=14)
+    elif draw == "show_results": learn.show_results(max_n=14)
+    else: dls.show_batch(max_n=4, ctxs=list(plt.subplots(2, 2)[1].flat))
+    found = texts()
+    assert sum(any(n in t for n in DRAWN) for t in found) >= 4
+    drawn_plainly()
+    assert others.axes[0].title.get_parse_math() and (draw == "given axes" or plt.gcf() is not others)
+    plt.close("all")
+
+
+def test_names_of_runs_and_metrics_are_all_in_the_legend(tmp_path):
+    plt.close("all")
+    dls = data(tmp_path, bs=4)
+    def share(out, y): return (out.argmax(1) == y).float().mean()
+    metrics = [types.FunctionType(share.__code__, {}, n) for n in DRAWN]
+    def way(seed):
+        learn = vision_learner(dls, cnn(dls, channels=(4,)), precision="fp32", metrics=metrics)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        return learn
+    found = compare({n: way for n in DRAWN[:4]}, 1, say=lambda line: None)
+    for plot in (found.plot, found.plot_curves, lambda: found.plot_curves(DRAWN[0])):
+        legend = plot().get_legend()
+        assert sorted(t.get_text() for t in legend.get_texts()) == sorted(DRAWN[:4])
+    history = way(0).plot_history()
+    assert [t.get_text() for t in history.axes[1].get_legend().get_texts()] == DRAWN
+    drawn_plainly()
+    plt.close("all")
+
+
+def test_the_cache_may_be_named_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("~/kept", "~"):
+        monkeypatch.setenv("FTLIB_CACHE", given)
+        assert cache_folder() == tmp_path / given[2:]
+    monkeypatch.setenv("FTLIB_CACHE", "a~b")
+    assert str(cache_folder()) == "a~b"
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "decoded"])
+def test_loaders_can_be_sent_to_spawned_workers(tmp_path, cache):
+    "What is pickled for a worker that is spawned gives the same images there, before a fit and after it"
+    dls = data(tmp_path, cache=cache, augment="light")
+    learn = vision_learner(dls, cnn(dls, channels=(4,)), precision="fp32")
+    for _ in range(2):
+        for dl in dls.loaders:
+            sent = pickle.loads(ForkingPickler.dumps(dl.fake_l)).d
+            assert torch.equal(sent.do_item(1)[0], dl.do_item(1)[0]) and len(sent) == len(dl)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
 
 
 # ---- names, tables, files

@@ -16,6 +16,8 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs
 
+from ..system.console import literal_legend
+
 # %% ../../nbs/50_callbacks.history.ipynb #6967b728
 def _of_batch(learn):
     "The loss of the batch, on its own device: reading it would synchronise with the device at every step"
@@ -145,8 +147,7 @@ def plot_history(
     axs[0].plot(at, steps.loss, alpha=.25, lw=.8, color='C0'); axs[0].plot(at, smooth, color='C0', label='train')
     if 'valid_loss' in epochs: axs[0].plot(ends, epochs.valid_loss, 'o-', ms=3, color='C1', label='valid')
     axs[0].set_ylim(top=1.2 * max(smooth.quantile(.98), epochs.get('valid_loss', smooth).max())); axs[0].legend()
-    for m in metrics: axs[1].plot(ends, epochs[m], 'o-', ms=3, label=m)
-    for text in axs[1].legend().get_texts() if metrics else (): text.set_parse_math(False)
+    if metrics: literal_legend(axs[1], {m: axs[1].plot(ends, epochs[m], 'o-', ms=3)[0] for m in metrics})
     axs[-1].plot(at, steps.lr, color='C2'); axs[-1].set_yscale('log')
     names = ['loss', *(['metrics'] if metrics else []), 'learning rate (head)']
     borders = [e for e, p, q in zip(ends, epochs.phase, epochs.phase[1:]) if p != q]

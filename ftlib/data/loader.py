@@ -23,6 +23,7 @@ from PIL import Image
 
 from .cache import resize_short_side
 from ..errors import ImageError
+from ..system.console import literal_titles
 
 # %% ../../nbs/15_data.loader.ipynb #6fb3d2a2
 def seed_all(
@@ -163,12 +164,13 @@ class ImageDL(TfmdDL):
             nth += 1
 
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
-        "As in fastai; with `unique`, the first image once per place in the batch, with another crop each time"
+        """As in fastai; a $ in a class is a $. With `unique`, the first image once per place in the batch, with another
+        crop each time"""
         if b is None and unique:
             self.get_idxs = lambda: _draws([0] * self.bs)
             try: b = self.one_batch()
             finally: del self.get_idxs
-        return super().show_batch(b, max_n, ctxs, show, **kwargs)
+        with literal_titles(ctxs): return super().show_batch(b, max_n, ctxs, show, **kwargs)
 
     def _next(self, batches):
         "The next batch, or None"

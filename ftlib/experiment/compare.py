@@ -14,6 +14,7 @@ import pandas as pd
 from ..evaluate.intervals import mean_interval
 from ..evaluate.report import Report
 from ..errors import CompareError
+from ..system.console import literal_legend
 from .paired import holm, paired_test
 from .runs import RunStore, as_seeds, execute_run, run_report, correct_mask
 
@@ -82,21 +83,23 @@ class Comparison:
         "Plot accuracy against seconds, one point per seed."
         import matplotlib.pyplot as plt
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.8), layout='constrained')
+        lines = {}
         for name in self.table.index:
             i = list(self.runs).index(name)  # the colours of `plot_curves`
             seconds, points = [r['seconds'] for r in self.runs[name]], self.right(name).mean(1)
             ax.plot(seconds, points, 'o', color=f'C{i % 10}', alpha=.45, ms=5)
-            ax.plot(np.median(seconds), points.mean(), 'D', color=f'C{i % 10}', ms=8, label=name)
+            lines[name], = ax.plot(np.median(seconds), points.mean(), 'D', color=f'C{i % 10}', ms=8)
         ax.set(xscale='log', xlabel='seconds', ylabel='accuracy')
         for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
             axis(lambda x, _: f'{x:g}' if f'{x:e}'[0] in '125' else '')
-        for text in ax.legend(fontsize='small').get_texts(): text.set_parse_math(False)
+        literal_legend(ax, lines, fontsize='small')
         return ax
 
     def plot_curves(self, column='valid_loss', ax=None):
         "Plot a column of the histories by epoch: mean and range over the seeds."
         import matplotlib.pyplot as plt
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.8), layout='constrained')
+        lines = {}
         for i, (name, runs) in enumerate(self.runs.items()):
             curves = [r['history'][column] for r in runs if column in r['history']]
             if not curves: continue
@@ -104,10 +107,11 @@ class Comparison:
             curves = np.array([c[:n] for c in curves], float)
             at = np.arange(1, n + 1)
             ax.fill_between(at, curves.min(0), curves.max(0), color=f'C{i % 10}', alpha=.15, lw=0)
-            ax.plot(at, curves.mean(0), color=f'C{i % 10}', marker='.', label=name)
+            lines[name], = ax.plot(at, curves.mean(0), color=f'C{i % 10}', marker='.')
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel='epoch', ylabel=column)
-        for text in ax.legend(fontsize='small').get_texts(): text.set_parse_math(False)
+        ax.set_xlabel('epoch')
+        ax.set_ylabel(column, parse_math=False)
+        literal_legend(ax, lines, fontsize='small')
         return ax
 
     def _shown(self):

@@ -15,6 +15,7 @@ from ..data.sources import read_source
 from ..data.splits import split_table
 from .compare import Comparison
 from ..errors import CompareError
+from ..system.console import literal_legend
 from .runs import RunStore, as_seeds, execute_run, correct_mask
 
 # %% ../../nbs/98_experiment.few_labels.ipynb #19765bc2
@@ -64,18 +65,19 @@ class LabelEfficiencyCurve:
         "Plot accuracy by labels per class: mean and range over the seeds."
         import matplotlib.pyplot as plt
         if ax is None: _, ax = plt.subplots(figsize=(5, 3.4), layout='constrained')
+        lines = {}
         for i, name in enumerate(dict.fromkeys(name for name, _ in self.runs)):
             points = {n: [correct_mask(r).mean() for r in self.runs[name, n]] for n in self.labels
                       if (name, n) in self.runs}
             ax.fill_between(list(points), [min(p) for p in points.values()], [max(p) for p in points.values()],
                             color=f'C{i % 10}', alpha=.15, lw=0)
-            ax.plot(list(points), [sum(p) / len(p) for p in points.values()], marker='o', color=f'C{i % 10}',
-                    label=name)
+            lines[name], = ax.plot(list(points), [sum(p) / len(p) for p in points.values()], marker='o',
+                                   color=f'C{i % 10}')
         ax.set_xscale('log')
         ax.set_xticks(self.labels, map(str, self.labels))
         ax.minorticks_off()
         ax.set(xlabel='labels per class', ylabel='accuracy')
-        for text in ax.legend(fontsize='small').get_texts(): text.set_parse_math(False)
+        literal_legend(ax, lines, fontsize='small')
         return ax
 
     def __repr__(self): return self.table.round(4).to_string()

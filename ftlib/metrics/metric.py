@@ -147,7 +147,7 @@ def _kind(m):
             raise MetricError('a collection of metrics has a column for each: give them one by one, as '
                               'metrics=[*collection.values()].')
         return WholeMetric(m)
-    if getattr(m.func if isinstance(m, partial) else m, '__module__', '').startswith('sklearn.metrics'):
+    if (getattr(m.func if isinstance(m, partial) else m, '__module__', '') or '').startswith('sklearn.metrics'):
         return SklearnMetric(m)
     return NamedMetric(m) if isinstance(m, partial) and hasattr(m.func, '__name__') else MeanMetric(m)
 

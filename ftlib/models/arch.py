@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'torchvision_names', 'timm_names', 'timm_renamed', 'timm_tags', 'Arch',
-           'executed_last', 'with_channels', 'find_arch', 'backbones']
+           'executed_last', 'own_size', 'with_channels', 'find_arch', 'backbones']
 
 # %% ../../nbs/24_models.arch.ipynb #fef8f218
 import copy
@@ -88,7 +88,7 @@ class Arch:
         except TypeError as e:
             if not kwargs: raise
             raise ArchError(f'{self.name} cannot be built with {kwargs}: {e}') from e
-        self.size = _own_size(net) or self.size
+        self.size = own_size(net) or self.size
         return net
 
     def _torchvision(self, n_in, pretrained, **kwargs):
@@ -150,7 +150,7 @@ def executed_last(
 ):            # A name, or None for a network without a classifier
     """The name of the classifier: the linear layer or 1×1 convolution whose outputs are the network's, up to pooling
     and a softmax."""
-    ran, out, side = [], None, _own_size(net) or 224
+    ran, out, side = [], None, own_size(net) or 224
     own = [(n, m) for n, m in net.named_modules() if list(m.parameters(recurse=False))
            and not any(list(o.parameters()) for o in m.children())]  # a container may have parameters of its own
     hooks = [m.register_forward_hook(lambda m, x, out, n=n: ran.append((n, m, out))) for n, m in own]
@@ -177,7 +177,7 @@ def executed_last(
     return name if any(torch.allclose(out, o, atol=1e-5) for o in scores) else None
 
 # %% ../../nbs/24_models.arch.ipynb #01442501
-def _own_size(net):
+def own_size(net):
     "The input size that a network with position embeddings was built for, or None."
     own = getattr(net, 'image_size', None) or getattr(getattr(net, 'patch_embed', None), 'img_size', None)
     return own[-1] if isinstance(own, (tuple, list)) else own

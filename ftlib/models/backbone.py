@@ -6,6 +6,7 @@
 __all__ = ['torchvision_weights_for', 'TokenMean', 'MapPool', 'backbone', 'create_network']
 
 # %% ../../nbs/25_models.backbone.ipynb #e76bf2f9
+import inspect
 import torch
 import torchvision
 from functools import cache, partial
@@ -14,7 +15,7 @@ from fastai.vision.learner import create_head
 from pathlib import Path
 from torch import nn
 from ..errors import ArchError
-from .arch import find_arch, timm_tags, torchvision_names
+from .arch import find_arch, own_size, timm_tags, torchvision_names
 from .network import Body, Network, Normalize
 from .stages import split
 from .weights import SUFFIXES, body_state, download, rename_by_order, load_state, packaged_file, read_state
@@ -60,6 +61,15 @@ def _filled(a, weights, n_in, **kwargs):
     known = _torchvision_weights(a, weights) if a.source == 'torchvision' else None
     net = a.build(n_in, known, **kwargs)
     if weights is None: return net
+    try: _load_given(net, a, weights)
+    except WeightsError as e:
+        if not any('dynamic_img_size' in o for o in _size_arguments(net, a.size)) or 'pos_embed' not in str(e): raise
+        raise WeightsError(f'{e} Position embeddings of another image size are resized if '
+                           f'dynamic_img_size=True is passed in place of img_size=.') from e
+    return net
+
+def _load_given(net, a, weights):
+    "Load a file, a state dict, a learner or a network"
     if _is_file(weights): _load_file(net, a, weights)
     elif isinstance(weights, dict): load_state(net, weights, classifier=a.classifier, name=a.name)
     elif isinstance(getattr(weights, 'model', weights), nn.Module):
@@ -67,7 +77,6 @@ def _filled(a, weights, n_in, **kwargs):
     else:
         raise WeightsError(f"weights={weights!r}: give 'imagenet', a name of weights, a file, a state dict, a learner, "
                            f"or None")
-    return net
 
 # %% ../../nbs/25_models.backbone.ipynb #e58c44fe
 def _fetched(a, weights, n_in, **kwargs):
@@ -207,10 +216,16 @@ def backbone(arch,               # A name, a function that builds a classifier, 
 def _split(net, name, n_in, size):
     try: return split(net, n_in, size)
     except (AssertionError, RuntimeError) as e:
-        said = str(e).partition('\n')[0]
-        raise ArchError(f'{name} cannot process {size}×{size} images of {n_in} channels ({said}). Use images of '
-                        "its own input size, or pass the argument of its builder for this size (image_size=, "
-                        'img_size=)') from e
+        said, own, ways = str(e).partition('\n')[0], own_size(net), _size_arguments(net, size)
+        known = f' (size={own})' if own and own != size else ''
+        what = f'It was built for {own}×{own} images. ' if known else ''
+        raise ArchError(f'{name} cannot process {size}×{size} images of {n_in} channels ({said}). {what}Use images of '
+                        f'its own size{known}' + ''.join(f', or pass {way}' for way in ways) + '.') from e
+
+def _size_arguments(net, size):
+    "The arguments by which a network can be built for another image size"
+    takes = {k for c in type(net).__mro__ for k in inspect.signature(c.__init__).parameters}
+    return [f'{k}={v}' for k, v in (('image_size', size), ('img_size', size), ('dynamic_img_size', True)) if k in takes]
 
 # %% ../../nbs/25_models.backbone.ipynb #88349c9a
 def _channels(v, n):

@@ -45,6 +45,9 @@ def cnn(n_out,                   # Number of classes, or data loaders (`dls`), w
 # %% ../../nbs/26_models.cnn.ipynb #d8f87de6
 def _read(dls, size, n_in):
     "Number of classes, size and channels of the batches."
+    if not hasattr(dls, 'one_batch'):
+        raise ArchError('cannot read the size and channels of the images from loaders of torch: pass cnn(n_out, '
+                        'size=..., n_in=...)')
     classes, (_, c, h, w) = get_c(dls), dls.one_batch()[0].shape
     if not classes:
         raise ArchError('cannot infer the number of classes from the data: pass cnn(n_out, size=..., n_in=...)')

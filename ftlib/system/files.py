@@ -29,8 +29,8 @@ except ImportError: fcntl = None  # not on Windows
 # %% ../../nbs/02_system.files.ipynb #d2dc99c4
 def cache_folder() -> Path:
     "Folder of ftlib's caches: `$FTLIB_CACHE`, or `~/.cache/ftlib`"
-    return Path(os.environ.get("FTLIB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME")
-                                                      or "~/.cache").expanduser() / "ftlib")
+    if given := os.environ.get("FTLIB_CACHE"): return Path(given).expanduser()  # a Dockerfile leaves a ~ as it is
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ftlib"
 
 # %% ../../nbs/02_system.files.ipynb #cfac18d2
 @contextmanager

@@ -70,8 +70,7 @@ class FreezableLearner(FastaiLearner):
         "Create an optimizer over the groups of the splitter, with one set of hyper-parameters each."
         if isinstance(self.opt_func, partial) and 'lr' in self.opt_func.keywords: self.lr = self.opt_func.keywords['lr']
         if isinstance(self.opt_func, OptimWrapper): return super().create_opt()
-        groups = self.splitter(self.model)
-        if not isinstance(groups[0], (list, L)): groups = [groups]
+        groups = self._split_groups()
         lrs = self._group_lrs(self.lr, len(groups))
         self.opt = build_optimizer(self.opt_func, groups, self.model, float(lrs[-1]), self.wd_bn_bias,
                                    self.splitter is stage_splitter)
@@ -79,6 +78,26 @@ class FreezableLearner(FastaiLearner):
         if self.train_bn:
             for p in norm_bias_params(self.model, False): self.opt.state[p]['force_train'] = True
         self.opt.frozen_idx = self._frozen_groups()
+
+    def _split_groups(self):
+        """The splitter's groups. One that was written for another body fails, or gives a group of nothing: then it is
+        refused"""
+        own = isinstance(self.model, Network) and self.splitter is not stage_splitter
+        try: groups = self.splitter(self.model)
+        except (AttributeError, IndexError, KeyError, TypeError) as e:
+            if not own: raise
+            raise TrainError(self._wrong_splitter(f'raises {type(e).__name__} ({e})')) from e
+        if not isinstance(groups[0], (list, L)): groups = [groups]
+        empty = next((i for i, g in enumerate(groups) if not len(g)), None)
+        if own and empty is not None: raise TrainError(self._wrong_splitter(f'gives no parameters for group {empty}'))
+        return groups
+
+    def _wrong_splitter(self, what):
+        name = getattr(self.splitter, '__name__', 'the splitter')
+        parts = ', '.join(n for n, _ in self.model.body.named_children())
+        return (f'splitter={name} {what}. Here model[0] has other parts than in fastai: {parts}. Split these, for '
+                f'example by lambda m: L(m[0][:3], m[0][3:], m[1:]).map(params), or leave splitter= out, which gives '
+                f'one group per stage.')
 
     def _frozen_groups(self):
         "Number of leading groups that the network holds frozen"

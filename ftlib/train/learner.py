@@ -38,7 +38,7 @@ from ..lr.finder import find_lr
 from ..lr.rates import LearningRates
 from ..models.precision import as_precision_policy
 from ..callbacks.progress import Progress
-from ..system.console import say
+from ..system.console import literal_titles, say
 from ..persist.transaction import (
     preserve_attributes, kept_callbacks, preserve_modes, preserve_rng, optimizer_state, load_optimizer_state,
     load_training_state, training_state, learner_parts)
@@ -173,6 +173,10 @@ class Learner(LearnerMethods, PredictLearner):
             found = find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, None, ratios, for_epochs)
         if hasattr(self, 'recorder'): self.recorder.found_lrs = found
         return found if suggest_funcs is None else found.by(suggest_funcs)
+
+    def show_results(self, *args, **kwargs):
+        "fastai's plot of images with targets and predictions; a $ in a class is a $."
+        with literal_titles(kwargs.get('ctxs')): return super().show_results(*args, **kwargs)
 
     @contextmanager
     def no_bar(self):

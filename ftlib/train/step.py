@@ -162,11 +162,6 @@ class StepLearner(FreezableLearner):
             if not untried or policy == PrecisionPolicy() or is_out_of_memory(e): raise
             self.precision_policy = PrecisionPolicy()
             self.precision_policy.apply_to(self.model)
-        except ValueError as e:
-            if not self.training or 'more than 1 value per channel' not in str(e): raise
-            raise TrainError('a batch of one image cannot train a network with batch norms, which compare the images '
-                             'of a batch: use a larger batch size (bs=), and drop_last=True for loaders of '
-                             'torch.') from e
         else: return pred if policy.dtype == 'fp32' else to_float(pred)
         return self._forward()
 
@@ -182,7 +177,12 @@ class StepLearner(FreezableLearner):
     def _do_epoch_train(self):
         "As in fastai, on features if there are any"
         self.dl = loader_of(self, self.dls.train)
-        self._with_events(self.all_batches, 'train', CancelTrainException)
+        try: self._with_events(self.all_batches, 'train', CancelTrainException)
+        except ValueError as e:
+            if 'more than 1 value per channel' not in str(e): raise
+            raise TrainError('a batch of one image cannot train a network with batch norms, which compare the images '
+                             'of a batch: use a larger batch size (bs=), and drop_last=True for loaders of '
+                             'torch.') from e
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
         super()._do_epoch_validate(ds_idx, loader_of(self, self.dls[ds_idx] if dl is None else dl))

@@ -13,6 +13,7 @@ import torch
 from fastai.data.transforms import Normalize as BatchNormalize
 from fastai.data.transforms import get_c
 from fastai.optimizer import Adam
+from fastai.torch_core import to_device
 from fastai.vision.learner import create_unet_model, default_split, model_meta
 from torch import nn
 from torchvision.models import get_model_builder
@@ -21,9 +22,10 @@ from ..data.images import ImageData
 from ..data.loader import normalization
 from ..models.backbone import create_network
 from ..models.network import Network
-from ..errors import TrainError
+from ..errors import ArchError, TrainError
 from .learner import Learner
 from .step import largest_batch
+from ..persist.transaction import preserve_modes, preserve_rng
 
 # %% ../../nbs/65_train.vision.ipynb #65de311e
 def vision_learner(
@@ -65,6 +67,7 @@ def vision_learner(
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None: torch.manual_seed(seed)
             net = create_network(arch, n_out, weights=weights, normalize=normalize, init=init, **(_size_of(dls) | head))
+        _check_channels(net, dls)
         if normalize and _normalizes(dls): _move_normalization(net, dls, weights is not None)
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs,
     metrics=metrics, path=path,
@@ -143,6 +146,33 @@ def _as_many_as_fit(learn):
 def _size_of(dls):
     "The image size of the data, if known, so that a network that cannot process it raises an error now"
     return dict(input_size=dls.size) if isinstance(getattr(dls, 'size', None), int) else {}
+
+# %% ../../nbs/65_train.vision.ipynb #9d08ed96
+def _check_channels(net, dls):
+    """Raise an error if the network takes another number of channels than the images have. Of most data they have
+    what it takes; then it is not run"""
+    x = _first_image(dls)
+    takes = next((m.in_channels for m in net.body.modules() if isinstance(m, nn.Conv2d)), None)
+    if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] == takes: return
+    try:
+        with preserve_modes(net), torch.no_grad(): net.eval()(x.as_subclass(torch.Tensor).cpu())
+    except RuntimeError as e:
+        norm = normalization(dls.train)
+        also = '' if norm is None else (' The loaders normalise them: if an earlier `vision_learner` added that, and '
+                                        'they had another number before, make the loaders anew.')
+        raise ArchError(f'the images have {x.shape[1]} channels, and the network takes {takes}: pass '
+                        f'n_in={x.shape[1]}.{also}') from e
+
+# %% ../../nbs/65_train.vision.ipynb #7b13ecc6
+def _first_image(dls):
+    "A batch of the first training image alone; None where the loader cannot give it"
+    dl = dls.train
+    if not all(hasattr(dl, o) for o in ('before_iter', 'do_item', 'do_batch', 'after_batch')): return None
+    try:
+        with preserve_rng(*dls.loaders):
+            dl.before_iter()  # selects the transforms of the training set
+            return dl.after_batch(to_device(dl.do_batch([dl.do_item(0)]), getattr(dls, 'device', None)))[0]
+    except Exception: return None  # the user's own code, which may raise anything; a fit will raise it again
 
 # %% ../../nbs/65_train.vision.ipynb #685a289d
 def _fitting(net, n_out):
