@@ -204,6 +204,7 @@ class Report:
 
 # %% ../../nbs/85_evaluate.report.ipynb #8fea8c36
 Report.picture = ftlib.renamed_method('picture', 'image')
+Learner.earlier_report = None  # of a learner by `refit`, which has no validation images
 
 # %% ../../nbs/85_evaluate.report.ipynb #a73b3101
 @patch
@@ -213,8 +214,9 @@ def evaluate(self:Learner,
     confidence:float=.95,  # Of the intervals
     threshold:float=.5,    # For multi-label data: a class is predicted from this probability on
 ) -> Report:
-    """Evaluate once: metrics with intervals, per-class scores, confusion matrix, errors, calibration. Raises
-    `EvaluateError`."""
+    """Evaluate once: metrics with intervals, per-class scores, confusion matrix, errors, calibration. Of a learner by
+    `refit`, 'valid' gives the report of before. Raises `EvaluateError`."""
+    if isinstance(on, str) and on == 'valid' and self.earlier_report is not None: return self.earlier_report
     dl, title = resolve_dl(self, on)
     with self.no_bar(), self.no_logging():
         probs, targets = self.get_preds(act=self.probabilities_of, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))
