@@ -1302,6 +1302,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ftlib/models/arch.py'),
                                    'ftlib.models.arch._no_such': ('models.arch.html#_no_such', 'ftlib/models/arch.py'),
                                    'ftlib.models.arch._own_size': ('models.arch.html#_own_size', 'ftlib/models/arch.py'),
+                                   'ftlib.models.arch._regnet_widths': ('models.arch.html#_regnet_widths', 'ftlib/models/arch.py'),
                                    'ftlib.models.arch._timm_params': ('models.arch.html#_timm_params', 'ftlib/models/arch.py'),
                                    'ftlib.models.arch._timm_row': ('models.arch.html#_timm_row', 'ftlib/models/arch.py'),
                                    'ftlib.models.arch._torchvision_row': ('models.arch.html#_torchvision_row', 'ftlib/models/arch.py'),
