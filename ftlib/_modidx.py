@@ -664,6 +664,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ftlib/deploy/predict.py')},
             'ftlib.deploy.refit': { 'ftlib.deploy.refit.Learner.refit': ('deploy.refit.html#learner.refit', 'ftlib/deploy/refit.py'),
                                     'ftlib.deploy.refit._check': ('deploy.refit.html#_check', 'ftlib/deploy/refit.py'),
+                                    'ftlib.deploy.refit._earlier': ('deploy.refit.html#_earlier', 'ftlib/deploy/refit.py'),
                                     'ftlib.deploy.refit._on_all': ('deploy.refit.html#_on_all', 'ftlib/deploy/refit.py'),
                                     'ftlib.deploy.refit._phases': ('deploy.refit.html#_phases', 'ftlib/deploy/refit.py'),
                                     'ftlib.deploy.refit._start_again': ('deploy.refit.html#_start_again', 'ftlib/deploy/refit.py'),

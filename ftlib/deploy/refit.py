@@ -38,18 +38,27 @@ def refit(self:Learner,
     if not len(self.dls.valid_ds):
         raise DeployError('there are no validation images, so the learner was trained on all images already.')
     as_predictor(self)  # raises where this could not be shipped anyway
-    phases, report = None if train else _phases(self), copy.copy(self.evaluate())
+    phases, report = None if train else _phases(self), self.evaluate()
     again = _start_again(self, _on_all(self.dls), kwargs)
     if train: train(again)
     else: _train_again(again, phases)
     _check(report, again.evaluate(list(self.dls.valid_ds.items)))
-    report.title = f'{report.title}, measured before the training on all images'
-    again.earlier_report = report
+    again.earlier_report = _earlier(report)
     if (old := self.calibration) is not None:
         again.rescale = Temperature(old.temperature, again.model)
         again._calibration = Calibration(None, None, old.temperature)
         again._calibration.threshold = old.threshold
     return again
+
+# %% ../../nbs/92h_deploy.refit.ipynb #a2b56782
+_BEFORE = 'measured before the training on all images'
+
+def _earlier(report):
+    "The report with a title and a table that say when it was made; a bundle and its card take the table's words"
+    earlier = copy.copy(report)
+    earlier.scores = copy.copy(report.scores)
+    earlier.title, earlier.scores.table = f'{report.title}, {_BEFORE}', report.table.rename_axis(_BEFORE)
+    return earlier
 
 # %% ../../nbs/92h_deploy.refit.ipynb #e7e7a6a5
 def _phases(learn):
@@ -58,9 +67,9 @@ def _phases(learn):
     if found is None:
         raise DeployError('this learner was not trained by fine_tune without a learning rate, so its settings are not '
                           'known: give a function that trains it, as train=lambda learn: learn.fit_one_cycle(8, 1e-2).')
-    if not found['kept'].any():
-        raise DeployError('fine_tune kept weights of an earlier fit, whose settings are not known: give a function '
-                          'that trains the learner, as train=lambda learn: learn.fit_one_cycle(8, 1e-2).')
+    if learn.history['phase'].unique().tolist() != found['fit'].tolist() or not found['kept'].any():
+        raise DeployError('the learner was trained by other fits than its last fine_tune too, whose settings are not '
+                          'known: give a function that trains it, as train=lambda learn: learn.fit_one_cycle(8, 1e-2).')
     # the whole network started from the head, the head from nothing
     return found[:int(found['kept'].to_numpy().nonzero()[0][-1]) + 1]
 
