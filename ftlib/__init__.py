@@ -56,6 +56,7 @@ _ROOMS = {
     "deploy.onnx": "write_onnx",
     "deploy.latency": "",
     "deploy.update": "",
+    "deploy.refit": "",
     "deploy.uploads": "Limits",
     "deploy.endpoint": "web_app serve",
     "deploy.app": "classifier_page",

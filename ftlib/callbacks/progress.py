@@ -45,9 +45,9 @@ class Progress(ProgressCallback):
         super().before_epoch()
 
     def before_train(self): self.bars and super().before_train()
-    def before_validate(self): self.bars and super().before_validate()
+    def before_validate(self): self.bars and len(self.dl) and super().before_validate()  # a bar warns of no batches
     def after_train(self): self.bars and super().after_train()
-    def after_validate(self): self.bars and super().after_validate()
+    def after_validate(self): self.bars and len(self.dl) and super().after_validate()
 
     def after_batch(self):
         if not self.bars: return

@@ -10,7 +10,7 @@ import os
 import sys
 
 # %% ../../nbs/99b_cli.commands.ipynb #03f517fb
-def _learner(source, arch, weights, data):
+def _learner(source, arch, weights, data, **kwargs):
     "Data loaders and a frozen learner for a command"
     os.environ.setdefault("MPLBACKEND", "agg")
     import torch
@@ -22,8 +22,8 @@ def _learner(source, arch, weights, data):
     set_seed(data.get("seed", 42))
     dls = image_data(source, **data)
     print(dls.summary().to_string(), end="\n\n")
-    if arch == "cnn": learn = vision_learner(dls, cnn(dls), metrics=accuracy)
-    else: learn = vision_learner(dls, arch, weights=None if weights == "none" else weights, metrics=accuracy)
+    if arch != "cnn": kwargs["weights"] = None if weights == "none" else weights
+    learn = vision_learner(dls, cnn(dls) if arch == "cnn" else arch, metrics=accuracy, **kwargs)
     # Convolutions on the CPU are up to twice as fast in this layout.
     learn.model.to(memory_format=torch.channels_last)
     return learn
@@ -89,9 +89,9 @@ def demo(args):
     from ftlib.experiment.pipeline import fine_tune_run
     demo = find_demo(args.on)
     print(f"{demo.title}: {demo.about}\n")
-    learn = _learner(demo.source, demo.arch, "imagenet", demo.data)
+    learn = _learner(demo.source, demo.arch, "imagenet", demo.data, **demo.learner)
     print(f"{demo.arch} at {demo.data['size']} pixels")
-    _report(fine_tune_run(learn, demo.epochs), args.out)
+    _report(fine_tune_run(learn, demo.epochs, **demo.fit), args.out)
     if demo.wanted: _detection(learn, demo.wanted)
 
 # %% ../../nbs/99b_cli.commands.ipynb #42512274

@@ -95,7 +95,8 @@ def _runtime():
 def write_onnx(
     learn,                     # A learner over data from `image_data`, or a bundle
     path,                      # Where to: 'flowers.onnx'
-    images=None,               # To compare on; by default the validation images
+    # To compare on; by default the validation images, or up to 500 training images where there are none
+    images=None,
     tolerance:float=1e-3,      # A changed class is an error where its probability differs by more
     opset:int=18,
     int8:bool=False,           # Quantise: weights and activations of 8 bits
@@ -108,7 +109,7 @@ def write_onnx(
     if images is None:
         if isinstance(learn, Predictor):
             raise DeployError('a bundle holds no images to compare on: give some, images=.')
-        images = [item.source for item in learn.dls.valid_ds.tls[0].items]
+        images = [item.source for item in learn.dls.valid_ds.tls[0].items] or calibration_images(learn, 500)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.onnx')
     os.close(handle)

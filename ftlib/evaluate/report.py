@@ -213,6 +213,7 @@ class Report:
 # %% ../../nbs/85_evaluate.report.ipynb #8fea8c36
 Report.picture = ftlib.renamed_method('picture', 'image')
 
+
 # %% ../../nbs/85_evaluate.report.ipynb #a73b3101
 def evaluate(
     learn,                 # A learner
@@ -221,8 +222,9 @@ def evaluate(
     confidence:float=.95,  # Of the intervals
     threshold:float=.5,    # For multi-label data: a class is predicted from this probability on
 ) -> Report:
-    """Evaluate once: metrics with intervals, per-class scores, confusion matrix, errors, calibration. Raises
-    `EvaluateError`."""
+    """Evaluate once: metrics with intervals, per-class scores, confusion matrix, errors, calibration. Of a learner by
+    `refit`, 'valid' gives the report of before. Raises `EvaluateError`."""
+    if isinstance(on, str) and on == 'valid' and learn.earlier_report is not None: return learn.earlier_report
     dl, title = resolve_dl(learn, on)
     with learn.no_bar(), learn.no_logging():
         probs, targets = learn.get_preds(act=learn.probabilities_of, **(dict(ds_idx=1) if dl is None else dict(dl=dl)))

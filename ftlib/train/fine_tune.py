@@ -204,6 +204,7 @@ class _Run:
         rows = self.learn.epoch_log.rows
         rows = [r for r in rows if r['phase'] == rows[-1]['phase']]
         row = dict(phase=phase, fit=rows[-1]['phase'], epochs=len(rows), lr=lr, seconds=time.perf_counter() - start)
+        if phase != 'head' and self.freeze_to is not None: row['freeze_to'] = self.freeze_to
         text = (f'{phase.capitalize()}: {len(rows)} epoch{"s" * (len(rows) != 1)} {how}, learning rate {lr:.1e}, '
                 f'{row["seconds"]:.0f} s')
         if self.validates:

@@ -12,6 +12,7 @@ import ftlib
 class LearnerMethods:
     """Methods of `Learner` for what is done with a trained network. Each hands over to the function of the same name
     in the package that does the work, where the arguments are explained."""
+    earlier_report = None  # of a learner by `refit`, which has no validation images
 
     def evaluate(self, on='valid', tta=0, confidence=.95, threshold=.5):
         "A `Report` of the validation images or of others (`ftlib.evaluate.report.evaluate`)."
@@ -74,6 +75,11 @@ class LearnerMethods:
         "A learner for more classes (`ftlib.deploy.update.add_classes`)."
         from ftlib.deploy.update import add_classes
         return add_classes(self, dls, epochs, lr, **kwargs)
+
+    def refit(self, on='all', train=None, **kwargs):
+        "A new learner, trained again on all images for shipping (`ftlib.deploy.refit.refit`)."
+        from ftlib.deploy.refit import refit
+        return refit(self, on, train, **kwargs)
 
     def push_to_hub(self, name, token=None, private=False, **kwargs):
         "Write the bundle and its card to the Hugging Face Hub (`ftlib.deploy.hub.push_to_hub`)."

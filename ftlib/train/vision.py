@@ -8,6 +8,7 @@ __all__ = ['vision_learner', 'unet_learner']
 # %% ../../nbs/65_train.vision.ipynb #85a00a12
 import copy
 import warnings
+from pathlib import Path
 
 import torch
 from fastai.data.transforms import Normalize as BatchNormalize
@@ -16,7 +17,7 @@ from fastai.optimizer import Adam
 from fastai.torch_core import to_device
 from fastai.vision.learner import create_unet_model, default_split, model_meta
 from torch import nn
-from torchvision.models import get_model_builder
+from torchvision.models import WeightsEnum, get_model_builder
 
 from ..data.images import ImageData
 from ..data.loader import normalization
@@ -80,6 +81,9 @@ def vision_learner(
         if bn == 'auto' and not train_bn: net.bn = 'still'
         learn.freeze()
     learn.arch, learn.normalize, learn.n_out = arch, normalize, n_out  # callbacks that keep a log ask for them
+    # `refit` starts from them again; weights that are in memory are not kept twice
+    if not isinstance(arch, Network) and (weights is None or isinstance(weights, (str, Path, WeightsEnum))):
+        learn.start_weights = weights
     return learn
 
 # %% ../../nbs/65_train.vision.ipynb #65458a5a
