@@ -157,7 +157,7 @@ def _check_channels(net, dls):
     what it takes; then it is not run"""
     x = _first_image(dls)
     takes = next((m.in_channels for m in net.body.modules() if isinstance(m, nn.Conv2d)), None)
-    if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] == takes: return
+    if takes is None or not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] == takes: return
     try:
         with preserve_modes(net), torch.no_grad(): net.eval()(x.as_subclass(torch.Tensor).cpu())
     except RuntimeError as e:
