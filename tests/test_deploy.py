@@ -203,7 +203,7 @@ def test_a_link_and_a_pipe(shipped, tmp_path):
 
 # One small network of each family of timm; all classifiers of torchvision are asked too
 TIMM = """bat_resnext26ts beit_base_patch16_224 cait_xxs24_224 coat_lite_tiny coatnet_nano_rw_224 convit_tiny
-convmixer_768_32 crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_patch16_224 densenet121 dla34 dpn48b
+convmixer_768_32 crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_patch16_224 dla34 dpn48b
 ese_vovnet19b_dw resnet10t edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_lite0
 efficientvit_m0 efficientvit_b0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny
 ghostnet_050 mixer_s32_224 hardcorenas_a hgnetv2_b0 hrnet_w18_small inception_next_atto inception_v4 levit_128s

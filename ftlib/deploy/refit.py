@@ -114,7 +114,7 @@ def _start_again(learn, dls, kwargs):
 
 # %% ../../nbs/92h_deploy.refit.ipynb #f2d07e74
 def _train_again(learn, phases):
-    "The phases of a `fine_tune`, at their learning rates: the head for as long as it improved, all for as many epochs"
+    "Repeat the phases of a `fine_tune` at their learning rates, the head only for as many epochs as it improved"
     tables = []
     for row in phases.to_dict('records'):
         if row['phase'] == 'head': tables.append(fine_tune(learn, 0, row['best epoch'] + 1, row['lr']))
@@ -123,7 +123,7 @@ def _train_again(learn, phases):
 
 # %% ../../nbs/92h_deploy.refit.ipynb #437b9d3b
 def _check(before, after):
-    "Warns where the images that were validated on are answered worse now that they are trained on, which goes wrong"
+    "Warn where fewer of the former validation images are named right than before they were trained on"
     old, new = (report.table.value['top1'] for report in (before, after))
     if new < old:
         warnings.warn(f'the training on all images went wrong: of the former validation images, which it has seen now, '
