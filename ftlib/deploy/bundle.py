@@ -42,7 +42,7 @@ def _about(learn, shipped, report, licence, author, notes):
                 versions={name: version(name) for name in ('torch', 'torchvision', 'timm')},
                 image=dict(size=prepare.size, margin=prepare.margin, decode_side=prepare.decode_side),
                 temperature=shipped.temperature, threshold=shipped.threshold, metrics=_rows(report.table.reset_index()),
-                history=_rows(learn.history), data=_data(learn.dls),
+                history=_rows(learn.history), data=_data(learn, report),
                 licence=licence, author=author, notes=notes)
 
 # %% ../../nbs/91_deploy.bundle.ipynb #308fb9f3
@@ -55,11 +55,11 @@ def _rows(table):
     return [{str(k): plain(v) for k, v in row.items()} for row in table.to_dict('records')]
 
 # %% ../../nbs/91_deploy.bundle.ipynb #5b555a27
-def _data(dls):
-    "How many images trained, and a fingerprint of their names and labels"
-    items = dls.train_ds.tls[0].items
+def _data(learn, report):
+    "How many images trained and were evaluated, and a fingerprint of the names and labels of the former"
+    items = learn.dls.train_ds.tls[0].items
     names = sorted(f'{Path(str(i.source)).name}\t{i.label}' for i in items)
-    return dict(train=len(items), valid=len(dls.valid_ds),
+    return dict(train=len(items), valid=len(report.targets),
                 fingerprint=sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest())
 
 # %% ../../nbs/91_deploy.bundle.ipynb #d7eb91d5
