@@ -105,6 +105,13 @@ def build_network(
     return create_network(args.pop('arch'), n_out, weights=None, init=None,
                           **args | ({'lin_ftrs': list(args['lin_ftrs'])} if args.get('lin_ftrs') else {}))
 
+# %% ../../nbs/90b_deploy.bundle_file.ipynb #cb2f062b
+def _shapes(network, n_out):
+    """Shapes of the weights by name. No memory is taken for them, but for RegNets, whose widths torchvision reads from
+    tensors"""
+    with torch.device('cpu' if network.get('arch', '').startswith('regnet') else 'meta'):
+        return {k: tuple(v.shape) for k, v in build_network(network, n_out).state_dict().items()}
+
 # %% ../../nbs/90b_deploy.bundle_file.ipynb #ba6730a3
 def checked_network(
     path,           # Of the file, for messages
@@ -122,9 +129,7 @@ def checked_network(
     if network['builder'] != 'cnn' and arch not in torchvision_names() and arch.split('.')[0] not in timm_names():
         raise DeployError(f'{path} is of the architecture {arch[:80]!r}, which is none of torchvision or timm here. It '
                           f'was written with {", ".join(f"{k} {v}" for k, v in network.items() if k == "arch")}.')
-    try:
-        with torch.device('meta'):
-            expected = {k: tuple(v.shape) for k, v in build_network(network, n_out).state_dict().items()}
+    try: expected = _shapes(network, n_out)
     except Exception as e:
         raise DeployError(f'{path}: {arch} cannot be built as the file says: {type(e).__name__}: {str(e)[:200]}') from e
     if expected != shapes:
@@ -143,8 +148,7 @@ def network_with_classes(
     """A network with other classes: outputs of classes that both have start from their weights, others are new, all
     else is the same."""
     made, state = build_network(built_by, len(new)), net.state_dict()
-    with torch.device('meta'):
-        shapes = [{k: v.shape for k, v in build_network(built_by, n).state_dict().items()} for n in (2, 3)]
+    shapes = [_shapes(built_by, n) for n in (2, 3)]
     rows = [(i, old.index(c)) for i, c in enumerate(new) if c in old]
     for name, weight in made.state_dict().items():
         if shapes[0][name] == shapes[1][name]: weight.copy_(state[name])

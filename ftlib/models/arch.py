@@ -16,8 +16,6 @@ import torchvision
 from dataclasses import dataclass, field
 from functools import lru_cache
 from torch import nn
-from torchvision.models.regnet import BlockParams
-from unittest.mock import patch
 from .trace import n_params
 from ..errors import ArchError, did_you_mean
 
@@ -55,13 +53,6 @@ def _no_such(name):
 
 # %% ../../nbs/24_models.arch.ipynb #718f299c
 IMAGENET_MEAN,IMAGENET_STD = (.485, .456, .406),(.229, .224, .225)
-
-# %% ../../nbs/24_models.arch.ipynb #744cb637
-_from_init_params = BlockParams.from_init_params
-
-def _regnet_widths(*args, **kwargs):
-    "torchvision reads the widths of RegNets from tensors, which have no values where a network is built on 'meta'"
-    with torch.device('cpu'): return _from_init_params(*args, **kwargs)
 
 # %% ../../nbs/24_models.arch.ipynb #714e969a
 @dataclass
@@ -110,8 +101,7 @@ class Arch:
             # their weights expect a second normalization, written for three channels, which amounts to .5 and .5
             kwargs = dict(aux_logits=False, init_weights=False, transform_input=n_in == 3) | kwargs
             if n_in != 3: self.mean,self.std = (.5,)*3,(.5,)*3
-        with patch.object(BlockParams, 'from_init_params', _regnet_widths):
-            net = torchvision.models.get_model(self.name, weights=None, **kwargs)
+        net = torchvision.models.get_model(self.name, weights=None, **kwargs)
         return with_channels(self._without_classifier(net), n_in)
 
     def _timm(self, n_in, pretrained, **kwargs):
