@@ -158,8 +158,9 @@ def _check_channels(net, dls):
     x = _first_image(dls)
     takes = next((m.in_channels for m in net.body.modules() if isinstance(m, nn.Conv2d)), None)
     if takes is None or not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] == takes: return
+    x = x.as_subclass(torch.Tensor).to(next(net.parameters()).device)
     try:
-        with preserve_modes(net), torch.no_grad(): net.eval()(x.as_subclass(torch.Tensor).cpu())
+        with preserve_modes(net), torch.no_grad(): net.eval()(x)
     except RuntimeError as e:
         norm = normalization(dls.train)
         also = '' if norm is None else (' The loaders normalise them: if an earlier `vision_learner` added that, and '
