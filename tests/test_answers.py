@@ -21,7 +21,6 @@ from fastai.torch_core import set_seed
 from sklearn.datasets import load_digits
 from torch import nn
 
-import ftlib.evaluate.calibrate  # noqa: F401  gives a learner `calibrate`, `classify` and `evaluate`
 from ftlib.data.images import image_data
 from ftlib.models.cnn import cnn
 from ftlib.models.network import Body, Network

@@ -331,6 +331,9 @@ def test_class_with_one_image_and_split_without_a_class(folder, table):
 def test_names_from_json(folder, tmp_path):
     (tmp_path / "names.json").write_text(json.dumps({"cat": "Katze", "dog": "Hund", "emu": "Emu"}))
     assert list(build(folder, names=tmp_path / "names.json").vocab) == ["Katze", "Hund", "Emu"]
+    for text in ("[" * 99_999, '{"a":' * 50_000, "{", ""):
+        (tmp_path / "names.json").write_text(text)
+        with pytest.raises(DataError, match="cannot read names="): build(folder, names=tmp_path / "names.json")
 
 
 # ---- real images

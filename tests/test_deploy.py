@@ -15,7 +15,8 @@ from ftlib.data.images import image_data
 from ftlib.deploy.bundle import load_bundle
 from ftlib.deploy.onnx import write_onnx
 from ftlib.deploy.predict import predict_images, as_predictor
-from ftlib.errors import ArchError, DeployError
+from ftlib.errors import ArchError, DeployError, RunError
+from ftlib.experiment.pipeline import weights_about
 from ftlib.models.arch import torchvision_names
 from ftlib.models.cnn import cnn
 from ftlib.train.vision import vision_learner
@@ -191,6 +192,7 @@ def test_hostile_headers(shipped, tmp_path, name):
 def test_hostile_json(shipped, tmp_path, text):
     save_file(load_file(shipped), tmp_path / "hostile.ftl", metadata={"ftlib": text, "sha256": "0"})
     with pytest.raises(DeployError): load_bundle(tmp_path / "hostile.ftl")
+    with pytest.raises((DeployError, RunError)): weights_about(tmp_path / "hostile.ftl")
 
 
 def test_a_link_and_a_pipe(shipped, tmp_path):

@@ -16,7 +16,6 @@ from fastai.optimizer import ranger
 from fastai.torch_core import set_seed
 from sklearn.datasets import load_digits
 
-import ftlib.evaluate.calibrate  # noqa: F401  gives a learner `classify` and `evaluate`
 from ftlib.data.images import image_data
 from ftlib.errors import DataError
 from ftlib.errors import EvaluateError

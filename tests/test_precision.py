@@ -117,7 +117,7 @@ def test_measuring_leaves_statistics_gradients_and_random_numbers():
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9,
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9, pytest.param("[" * 99_999, id="deep"),
                                   *(f'{{"KEY": {v}}}' for v in ("5", "[]", '["fp64", true]', '["fp32"]', '["fp32", 1]',
                                   "null", '[["fp32"], true]'))])
 def test_a_damaged_list_of_choices_is_ignored(tmp_path, monkeypatch, text):

@@ -96,7 +96,8 @@ def show_names(
     if names is None: return list(classes)
     if isinstance(names, (str, Path)):
         try: names = json.loads(Path(names).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e: raise DataError(f"cannot read names={str(names)!r} as JSON: {e}") from e
+        except (OSError, ValueError, RecursionError) as e:
+            raise DataError(f"cannot read names={str(names)!r} as JSON: {e}") from e
     if isinstance(names, (list, tuple)):
         if len(names) != len(classes):
             raise DataError(f"names has {len(names)} entries for {_some(classes)}: give one per class.")

@@ -137,7 +137,9 @@ def weights_about(path):
     except SafetensorError as e: raise RunError(f"cannot read weights from {path}: {e}.") from e
     if about is None:
         raise RunError(f"{path} has no description of its network: give weights that `ftlib train` has written.")
-    found = json.loads(about)
+    try: found = json.loads(about)
+    except (ValueError, RecursionError) as e: raise RunError(f"{path} is damaged: {type(e).__name__}: {e}.") from e
+    if not isinstance(found, dict): raise RunError(f"{path} is damaged: its description is no table of settings.")
     if "format" not in found: return found | dict(bundle=False)
     found = bundle_about(path)
     return dict(arch=found["network"].get("arch", "cnn"), classes=found["classes"], size=found["image"].get("size"),

@@ -139,7 +139,7 @@ def _load_choices():
     "The file of choices and its content"
     path = cache_folder() / 'precision.json'
     try: found = json.loads(path.read_bytes())
-    except (OSError, ValueError): return path, {}
+    except (OSError, ValueError, RecursionError): return path, {}
     def is_choice(v):
         return isinstance(v, list) and len(v) == 2 and isinstance(v[0], str) and v[0] in DTYPES and isinstance(v[1],
             bool)

@@ -111,8 +111,9 @@ def read_packed(
     if _digest(path.read_bytes()) != path.stem.rpartition('-')[2]:
         raise DamagedError(f'{path} is damaged: the checksum of its {path.stat().st_size:,} bytes does not match its '
                            f'name.')
-    with safe_open(path, 'pt') as f:
-        return unpack(json.loads(f.metadata()['ftlib']), {k: f.get_tensor(k) for k in f.keys()})
+    with safe_open(path, 'pt') as f: about, tensors = f.metadata()['ftlib'], {k: f.get_tensor(k) for k in f.keys()}
+    try: return unpack(json.loads(about), tensors)
+    except RecursionError as e: raise DamagedError(f'{path} is damaged: its description is nested too deep.') from e
 
 # %% ../../nbs/40_persist.packed.ipynb #581aea7f
 def _digest(data): return hashlib.blake2b(data, digest_size=8).hexdigest()

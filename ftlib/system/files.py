@@ -121,7 +121,7 @@ def read_list(
     try:
         about = json.loads(path.read_bytes())
         data = open(path.with_suffix(".bin"), "rb")
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, RecursionError): return None
     s = os.fstat(data.fileno())
     if isinstance(about, dict) and about.get("bytes") == s.st_size and is_own(s):
         try: os.utime(data.fileno())  # used now
