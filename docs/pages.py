@@ -150,6 +150,7 @@ def as_page(path, anchors):
     ForSphinx()(nb)
     cells = [described(c) if is_described(c) else c for c in nb.cells]
     nb.cells = [tidy(c, anchors) for c in cells if c is not None and c.source.strip()]
+    nb.metadata["language_info"] = dict(name="python", pygments_lexer="ipython3")  # knows `!` and `%`
     return nb
 
 
