@@ -1,5 +1,7 @@
 """The house itself: what the wheel holds, what `from ftlib import *` brings, that each module has its notebook."""
 
+import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -181,6 +183,22 @@ def test_rooms_import_only_from_rooms_before(root):
         mine = order[path.relative_to(root / "ftlib").parts[0]]
         for other in re.findall(r"(?:from|import) (?:ftlib\.|\.\.)(\w+)", path.read_text()):
             assert order.get(other, 99) <= mine, f"{path.relative_to(root)} imports ftlib.{other}"
+
+
+def test_imports_within_functions_find_what_they_name(root):
+    found = []
+    for path in (root / "ftlib").rglob("*.py"):
+        package = ".".join(path.relative_to(root).with_suffix("").parts[:-1])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom): continue
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            if module.split(".")[0] == "ftlib" and module != "ftlib":
+                found += [(str(path.relative_to(root)), module, a.name) for a in node.names]
+    assert len(found) > 300
+    def is_there(module, name):
+        there = importlib.import_module(module)
+        return hasattr(there, name) or hasattr(there, "__path__") and importlib.util.find_spec(f"{module}.{name}")
+    assert [f for f in found if not is_there(*f[1:])] == []
 
 
 def test_rooms_stay_small(root):

@@ -244,7 +244,7 @@ def audit(args):
 def models(args):
     "List names of networks; returns 1 if none matches"
     _place(args.csv)
-    from ftlib.models.backbone import backbones
+    from ftlib.models.arch import backbones
     found = backbones(args.pattern)
     if args.csv: _csv(found, args.csv)
     print(found.to_string(index=False) if len(found) else f"no model matches {args.pattern!r}")
