@@ -121,9 +121,9 @@ class _Walk:
         self.code(f.__code__, f.__globals__)
 
     def code(self, code, scope):
-        "The instructions, and the globals that they name"
+        "A hash tells that a function was edited: its instructions and constants, and the globals that they name"
         self.put('code', code.co_code, getattr(code, 'co_exceptiontable', b''),
-        str((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)),
+                 str((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)),
                  *code.co_names, *code.co_varnames, *code.co_freevars)
         for c in code.co_consts:
             if isinstance(c, types.CodeType): self.code(c, scope)

@@ -76,7 +76,7 @@ class MonitorCallback(Callback):
         if better: self.best, self.best_at = value, (row['phase'], row['epoch'])
         self.on_score(better)
 
-    def on_score(self, better): raise NotImplementedError
+    def on_score(self, better): "For subclasses: an epoch has been validated; is it the best over all fits?"
 
 # %% ../../nbs/53_callbacks.trackers.ipynb #5d321007
 _COMP = {np.less: 'min', np.greater: 'max', None: None}  # fastai's argument for the direction
