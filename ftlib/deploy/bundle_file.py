@@ -107,9 +107,8 @@ def build_network(
 
 # %% ../../nbs/90b_deploy.bundle_file.ipynb #cb2f062b
 def _shapes(network, n_out):
-    """Shapes of the weights by name. No memory is taken for them, but for RegNets, whose widths torchvision reads from
-    tensors"""
-    with torch.device('cpu' if network.get('arch', '').startswith('regnet') else 'meta'):
+    "Shapes of the weights by name, without memory for them"
+    with torch.device('meta'):
         return {k: tuple(v.shape) for k, v in build_network(network, n_out).state_dict().items()}
 
 # %% ../../nbs/90b_deploy.bundle_file.ipynb #ba6730a3

@@ -13,6 +13,7 @@ import inspect
 import pandas as pd
 import torch
 import torchvision
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from torch import nn
@@ -101,7 +102,9 @@ class Arch:
             # their weights expect a second normalization, written for three channels, which amounts to .5 and .5
             kwargs = dict(aux_logits=False, init_weights=False, transform_input=n_in == 3) | kwargs
             if n_in != 3: self.mean,self.std = (.5,)*3,(.5,)*3
-        net = torchvision.models.get_model(self.name, weights=None, **kwargs)
+        # the widths of RegNets are read from tensors, which have no values where a network is built on 'meta'
+        with torch.device('cpu') if self.name.startswith('regnet') else nullcontext():
+            net = torchvision.models.get_model(self.name, weights=None, **kwargs)
         return with_channels(self._without_classifier(net), n_in)
 
     def _timm(self, n_in, pretrained, **kwargs):
