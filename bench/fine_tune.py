@@ -23,6 +23,7 @@ from results import Results, arguments
 import ftlib
 from ftlib.data.examples import solar_cells as demo
 from ftlib.evaluate.intervals import mean_interval
+from ftlib.train import fine_tune as fine_tuning
 
 
 def images_of(folder):
@@ -49,6 +50,7 @@ def by_ftlib(table, args, seed):
     dls = ftlib.image_data(table, size=args.size, bs=args.bs, seed=seed, num_workers=args.workers)
     learn = ftlib.vision_learner(dls, args.arch, weights=args.weights, metrics=fv.accuracy, seed=seed, bn=args.bn)
     learn.model.to(memory_format=torch.channels_last)
+    fine_tuning.HARDLY = args.hardly
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(args.epochs)
     phases, history = learn.fine_tuning.set_index("phase"), learn.history
     peak = history[history.phase == history.phase.max()].valid_loss.max() / phases.valid_loss["head"]
@@ -110,6 +112,8 @@ def main():
     parser.add_argument("--images", type=int, default=600, help="training images at most")
     parser.add_argument("--valid", type=int, default=300, help="validation images at most")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--hardly", type=float, default=fine_tuning.HARDLY,
+                        help="stages with less than this of the head's learning rate stay frozen")
     parser.add_argument("--bn", default="auto", help="batch-norm statistics: moving, still or auto")
     args = parser.parse_args()
     results = Results(args.out, "set", "arch", "seed", "way")

@@ -57,7 +57,10 @@ def quiet(learn, f):
 # ---- losses
 
 class Focal(nn.Module):
-    def __init__(self, gamma=2., weight=None): super().__init__(); self.gamma, self.weight = gamma, weight
+    def __init__(self, gamma=2., weight=None):
+        super().__init__()
+        self.gamma = gamma
+        self.register_buffer("weight", weight)
     def forward(self, scores, y):
         ce = F.cross_entropy(scores, y, self.weight, reduction="none")
         return ((1 - torch.exp(-ce)) ** self.gamma * ce).mean()
@@ -191,7 +194,7 @@ class Share:
     "As torchmetrics has them"
     higher_is_better = True
     def reset(self): self.pairs = []
-    def update(self, preds, targets): self.pairs.append((preds.argmax(1), targets))
+    def update(self, preds, targets): self.pairs.append((preds.argmax(1).cpu(), targets.cpu()))
     def compute(self):
         p, y = (torch.cat(o) for o in zip(*self.pairs, strict=True))
         return torch.tensor(sk.f1_score(y, p, average="macro"))

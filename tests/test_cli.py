@@ -146,7 +146,7 @@ def test_weights_of_an_earlier_version_are_evaluated(shell, stripes):
     for name, model in (("a", "out/model.ftl"), ("b", "out/old.safetensors")):
         check(shell("evaluate", stripes, "--bs", 8, "--weights", model, "--out", name), 0)
     one, two = (pd.read_csv(shell.folder / name / "figures.csv") for name in "ab")
-    pd.testing.assert_frame_equal(one, two, rtol=1e-5)
+    pd.testing.assert_frame_equal(one, two, rtol=1e-3)  # a GPU sums in any order
 
 
 def test_a_bundle_that_cannot_be_written_costs_no_weights(shell, stripes, monkeypatch):
@@ -234,7 +234,7 @@ def test_debug_shows_where(shell):
 
 def test_as_a_process(root, tmp_path):
     "`python -m ftlib`, from another folder: exit codes reach the shell, one line and no warning the error stream"
-    env = {**os.environ, "PYTHONPATH": str(root)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     env.pop("PYTHONWARNINGS", None)
     def run(*args):
         return subprocess.run([sys.executable, "-m", "ftlib", *args], cwd=tmp_path, env=env, capture_output=True,

@@ -88,7 +88,7 @@ def test_more_classes(learn, shipped, photographs):
     import pandas as pd
     dls = image_data(pd.DataFrame(table), size=16, bs=4, valid=.4, num_workers=0, seed=0)
     more = load_bundle(shipped).learner(dls)
-    old, new = learn.model.head[-1], more.model.head[-1]
+    old, new = learn.model.cpu().head[-1], more.model.cpu().head[-1]
     for name in ("red", "blue"):
         i, k = list(learn.dls.vocab).index(name), list(more.dls.vocab).index(name)
         assert torch.equal(old.weight[i], new.weight[k]) and torch.equal(old.bias[i], new.bias[k])

@@ -390,7 +390,7 @@ def test_weights_that_save_wrote_are_weights_of_another_learner(tmp_path, fit):
         if fit == "lr_find": learn.lr_find(num_it=3, show_plot=False)
         else: getattr(learn, fit)(1, slice(1e-5, 1e-3))
     other = vision_learner(dls, "resnet18", weights=learn.save("saved"))
-    for p, q in zip(learn.model.body.parameters(), other.model.body.parameters()): assert torch.equal(p, q)
+    for p, q in zip(learn.model.body.parameters(), other.model.body.parameters()): assert torch.equal(p.cpu(), q.cpu())
 
 
 def test_an_exported_learner_as_weights_is_explained(tmp_path):

@@ -159,7 +159,7 @@ def test_asked_to_stop_it_ends(root, bundle):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(root)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     served = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "ftlib", "serve", str(bundle), "--port", str(port),
                                "--no-page"], env=env, stderr=subprocess.PIPE, text=True)
     try:

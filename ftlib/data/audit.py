@@ -128,7 +128,7 @@ def audit(
         if n >= few: continue
         detail = f"class {label!r} has {n}, fewer than {few}"
         rows.append(dict(path=folder, problem="few images", detail=detail, label=label))
-    return pd.DataFrame(rows, columns=["path", "problem", "detail", "label", "split"])
+    return pd.DataFrame(rows, columns=["path", "problem", "detail", "label", "split"], dtype=object)
 
 # %% ../../nbs/17_data.audit.ipynb #61f84512
 def _deep(table, workers):

@@ -118,7 +118,7 @@ class ImageData(DataLoaders):
         detail = "found when decoded; left out of figures, and another of its class is trained on in its place"
         late = [(str(dl.dataset.tls[0].items[i].source), "corrupt", detail)
                 for dl in self.loaders for i in dl.failed.nonzero().flatten().tolist()]
-        late = pd.DataFrame(late, columns=["path", "problem", "detail"])
+        late = pd.DataFrame(late, columns=["path", "problem", "detail"], dtype=object)
         return late if self._bad is None else pd.concat([self._bad, late], ignore_index=True)
 
     def summary(self):
@@ -170,7 +170,7 @@ def bad_files(
         warnings.simplefilter("ignore")
         found = list(pool.map(check_file, [items[i] for i in places], chunksize=64))
     rows = {i: (str(items[i]), *f) for i, f in zip(places, found) if f is not None}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["path", "problem", "detail"])
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["path", "problem", "detail"], dtype=object)
 
 # %% ../../nbs/16_data.images.ipynb #cec116c9
 def _report_empty(source):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastai.torch_core import default_device
 
 import ftlib
 from .bundle_file import (
@@ -151,10 +152,11 @@ class Bundle(Predictor):
 # %% ../../nbs/91_deploy.bundle.ipynb #e4db2144
 def load_bundle(
     path,           # That `save_bundle` has written, or 'hub:me/flowers' on the Hugging Face Hub
-    device='cpu',
+    device=None,    # By default the GPU if there is one
 ) -> Bundle:
     """The classifier in a file. Nothing in it is executed. Raises `DeployError` where it is no bundle, is damaged, or
     is of another network than it says."""
+    if device is None: device = default_device()
     if isinstance(path, str) and path.startswith('hub:'):
         from ftlib.deploy.hub import hub_file
         path = hub_file(path.removeprefix('hub:'))
@@ -175,4 +177,4 @@ def load_bundle(
             1 <= numbers[0] <= 4096 and 0 <= numbers[1] < 1 and 1 <= numbers[2] <= 16384):
         raise DeployError(f'{path} says that its images are {prepare}, which cannot be.')
     return Bundle(net.eval().requires_grad_(False).to(device), about['classes'], prepare, about['temperature'],
-                  about['threshold'], device, about=about)
+                  about['threshold'], about=about)

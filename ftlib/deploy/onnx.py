@@ -140,6 +140,7 @@ def _write(shipped, path, opset):
     import logging
 
     import onnx
+    device = shipped.device
     whole = Shipped(Prepare(shipped.prepare), shipped.net, shipped.temperature).eval().cpu()
     dims = {0: torch.export.Dim('batch', min=1, max=4096), 2: torch.export.Dim('height', min=2, max=16384),
             3: torch.export.Dim('width', min=2, max=16384)}
@@ -156,7 +157,7 @@ def _write(shipped, path, opset):
     finally:
         quiet.setLevel(level)
         for m, mode in modes: m.training = mode
-        shipped.net.to(shipped.device)
+        shipped.net.to(device)
     model = onnx.load(path)
     about = dict(classes=json.dumps(shipped.classes), threshold=str(shipped.threshold), size=str(shipped.prepare.size),
                  margin=str(shipped.prepare.margin), temperature=str(shipped.temperature))

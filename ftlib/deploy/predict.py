@@ -130,10 +130,14 @@ class Predictor:
         prepare:Preparation,         # How an image becomes the network's input
         temperature:float=1.,        # The network's outputs are divided by it
         threshold:float=0.,          # Answers of a lower probability are marked as unsure
-        device='cpu',
     ):
         self.net, self.classes, self.prepare = net, [str(c) for c in classes], prepare
-        self.temperature, self.threshold, self.device = float(temperature), float(threshold), torch.device(device)
+        self.temperature, self.threshold = float(temperature), float(threshold)
+
+    @property
+    def device(self) -> torch.device:
+        "That of the network, which a fit of the learner may move"
+        return next((p.device for p in self.net.parameters()), torch.device('cpu'))
 
     @torch.inference_mode()
     def probabilities(self,
@@ -229,7 +233,7 @@ def as_predictor(
     _check_softmax(learn)
     calibration = getattr(learn, 'calibration', None)
     own = {} if calibration is None else dict(temperature=calibration.temperature, threshold=calibration.threshold)
-    return Predictor(learn.model, learn.dls.vocab, Preparation.of(learn.dls), device=learn.dls.device, **own)
+    return Predictor(learn.model, learn.dls.vocab, Preparation.of(learn.dls), **own)
 
 # %% ../../nbs/90_deploy.predict.ipynb #54f5d7ac
 def _check_softmax(learn):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..data.decode import RASTER
 from ..errors import DeployError, ImageError
+from ..system.tables import as_objects
 
 # %% ../../nbs/92d_deploy.uploads.ipynb #ed06d19f
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def classify_uploads(
         if len(batch) == 16: flush()
     flush()
     if not tables: raise ImageError('There are no images in it.')
-    table = pd.DataFrame(tables)
+    table = pd.DataFrame({column: as_objects([row.get(column) for row in tables]) if column == 'path'
+                          else [row.get(column) for row in tables] for column in tables[0]})
     table['error'] = [None if e is None else e if e.startswith('The ') else 'The file cannot be decoded as an image.'
                       for e in table['error'].astype(object).where(table['error'].notna(), None)]
     return table[['path', *(c for c in table if c not in ('path', 'unsure', 'error')), 'unsure', 'error']]

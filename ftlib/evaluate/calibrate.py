@@ -19,6 +19,7 @@ from ..errors import EvaluateError
 from ..data.loader import broken_mask
 from .report import Report, resolve_dl
 from ..metrics.activation import check_probabilities, probabilities
+from ..system.tables import as_objects
 
 # %% ../../nbs/86_evaluate.calibrate.ipynb #26e2f688
 def fit_temperature(
@@ -150,5 +151,5 @@ def classify(
     p = np.take_along_axis(probs, two, 1)
     said = np.where(p[:, 0] >= threshold, vocab[two[:, 0]], None)
     names = [str(o) if isinstance(o, (str, Path)) else f'image {i}' for i, o in enumerate(items)]
-    return pd.DataFrame({'image': names, 'prediction': said, 'probability': p[:, 0], 'second': vocab[two[:, 1]],
-                         "p_second": p[:, 1]})
+    return pd.DataFrame({'image': as_objects(names), 'prediction': said, 'probability': p[:, 0],
+                         'second': vocab[two[:, 1]], "p_second": p[:, 1]})

@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..errors import EvaluateError
 from .plots import plot_images
+from ..system.tables import as_objects
 from .report import Report
 
 # %% ../../nbs/88_evaluate.labels.ipynb #c4d79c89
@@ -28,10 +29,10 @@ def label_errors(
     at = find_label_issues(np.searchsorted(present, report.targets), probs / probs.sum(1, keepdims=True),
                            filter_by='prune_by_class', return_indices_ranked_by='self_confidence', n_jobs=1)
     names, suggested = np.array(report.classes, object), present[probs[at].argmax(1)]
-    return pd.DataFrame({'image': [str(i) if report.items is None else report.name_of(i, whole=True) for i in at],
-                         'label': names[report.targets[at]], 'suggestion': names[suggested],
-                         'probability': report.probs[at, suggested], "p_label": report.probs[at, report.targets[at]]},
-                         index=at)
+    images = [str(i) if report.items is None else report.name_of(i, whole=True) for i in at]
+    return pd.DataFrame({'image': as_objects(images, at), 'label': names[report.targets[at]],
+                         'suggestion': names[suggested], 'probability': report.probs[at, suggested],
+                         'p_label': report.probs[at, report.targets[at]]}, index=at)
 
 # %% ../../nbs/88_evaluate.labels.ipynb #240aecda
 def plot_label_errors(

@@ -14,6 +14,7 @@ import pandas as pd
 from ..errors import EvaluateError
 from .intervals import effective_n_interval, mean_interval, wilson
 from .scores import per_class_table, validate_predictions, expected_calibration_error, reliability
+from ..system.tables import as_objects
 
 # %% ../../nbs/82_evaluate.multilabel.ipynb #7ede6ed6
 class MultiLabel:
@@ -107,7 +108,8 @@ class MultiLabel:
         order = np.argsort(-self.parts[i, j], kind='stable')
         i, j = i[order], j[order]
         names, said = np.array(self.classes, object), np.array(['not there', 'there'], object)
-        return pd.DataFrame({'image': [items[k] if items is not None else k for k in i], 'label': names[j],
-        'truth': said[self.targets[i, j].astype(int)],
+        return pd.DataFrame({'image': as_objects([items[k] if items is not None else k for k in i], i),
+                             'label': names[j],
+                             'truth': said[self.targets[i, j].astype(int)],
                              'prediction': said[self.predicted[i, j].astype(int)], 'probability': self.probs[i, j],
                              'loss': self.parts[i, j]}, index=i)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..errors import EvaluateError
 from .intervals import class_scores, mean_interval, wilson
+from ..system.tables import as_objects
 
 # %% ../../nbs/81_evaluate.scores.ipynb #3c1999a5
 def validate_predictions(
@@ -144,8 +145,8 @@ class SingleLabel:
         at = np.flatnonzero(self.predicted != self.targets)
         at = at[np.argsort(-np.asarray(self.losses)[at], kind='stable')]
         names = np.array(self.classes, object)
-        return pd.DataFrame({'image': [items[i] if items is not None else i for i in at],
-        'label': names[self.targets[at]], 'prediction': names[self.predicted[at]],
+        return pd.DataFrame({'image': as_objects([items[i] if items is not None else i for i in at], at),
+                             'label': names[self.targets[at]], 'prediction': names[self.predicted[at]],
                              'probability': self.probs[at, self.predicted[at]], "p_label": self.true_probs[at],
                              'loss': np.asarray(self.losses)[at]}, index=at)
 

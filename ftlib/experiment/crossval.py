@@ -19,6 +19,7 @@ from ..data.splits import show_names
 from ..evaluate.intervals import mean_interval
 from ..evaluate.report import Report
 from ..errors import CompareError
+from ..system.tables import as_objects
 from .runs import RunStore, execute_run, run_report
 from ..cache.features import targets_of
 
@@ -71,8 +72,8 @@ class CrossValidation:
         done = n > 0
         probs[done] /= n[done, None]
         names, targets = np.array(self.classes, object), self.data['target'].to_numpy()
-        table = pd.DataFrame({'image': self.data['file'], 'label': names[targets], 'prediction': names[probs.argmax(1)],
-        'probability': probs.max(1),
+        table = pd.DataFrame({'image': as_objects(self.data['file'], self.data.index), 'label': names[targets],
+                              'prediction': names[probs.argmax(1)], 'probability': probs.max(1),
                               "p_label": probs[np.arange(len(probs)), targets], 'fold': self.data['fold 0']})
         self._probs = probs[done]
         return table[done]

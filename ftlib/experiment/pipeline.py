@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.sources import read_source
-from ..system.tables import write_csv
+from ..system.tables import as_objects, write_csv
 from ..deploy.bundle import load_bundle, save_bundle
 from ..deploy.bundle_file import bundle_about
 from ..evaluate.report import Report
@@ -90,8 +90,8 @@ def split_of(
     "The split of each image"
     table = getattr(dls, "_table", None)
     if table is None or not all(isinstance(item, (str, Path)) for item in table["item"]): return None
-    return pd.DataFrame(dict(path=[str(Path(item).resolve()) for item in table["item"]], label=table["label"],
-                             split=table["split"]))
+    return pd.DataFrame(dict(path=as_objects([str(Path(item).resolve()) for item in table["item"]], table.index),
+                             label=table["label"], split=table["split"]))
 
 # %% ../../nbs/98b_experiment.pipeline.ipynb #c0f883cd
 def as_trained(
@@ -107,7 +107,7 @@ def as_trained(
     _check_classes(weights, weights_about(weights)["classes"], source.classes)
     split = pd.read_csv(listed, dtype=str).set_index("path")["split"]
     paths = [str(Path(item).resolve()) for item in source.table["item"]]
-    table = pd.DataFrame(dict(path=paths, label=source.table["label"].tolist(),
+    table = pd.DataFrame(dict(path=as_objects(paths), label=source.table["label"].tolist(),
                               split=[split.get(p) for p in paths])).dropna(subset="split")
     if not (table["split"] == "valid").any():
         raise RunError(f"none of the {len(paths):,} images in {folder} was used for validation in that training: use "

@@ -29,7 +29,7 @@ from .rates import rates_of
 from ..system.console import close_unseen, say
 from ..errors import RateError
 from .schedule import check_rates, group_lrs
-from ..persist.transaction import preserve_learner
+from ..persist.transaction import move_to_batches, preserve_learner
 
 # %% ../../nbs/48_lr.finder.ipynb #ca656a1d
 class SuggestedLRs(namedtuple('SuggestedLRs', 'lr_min lr_steep')):
@@ -204,6 +204,7 @@ def sweep(
                          f'{learn.dls.train.bs}; use a smaller batch size, lower bs.')
     fresh = learn.opt is None
     if fresh: learn.create_opt()
+    move_to_batches(learn)
     ratios = group_lrs(1. if ratios is None else ratios, len(learn.opt.hypers))
     cb = LRSweep(lrs, ratios / ratios[-1], stop_div)
     try:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['snapshot', 'preserve_attributes', 'learner_parts', 'kept_callbacks', 'preserve_modes', 'eval_mode',
-           'preserve_weights', 'hooks_snapshot', 'optimizer_state', 'load_optimizer_state', 'training_state',
-           'load_training_state', 'preserve_optimizer', 'random_states', 'restore_random_states', 'preserve_rng',
-           'preserve_learner']
+           'preserve_weights', 'hooks_snapshot', 'optimizer_state', 'load_optimizer_state', 'move_to_batches',
+           'training_state', 'load_training_state', 'preserve_optimizer', 'random_states', 'restore_random_states',
+           'preserve_rng', 'preserve_learner']
 
 # %% ../../nbs/42_persist.transaction.ipynb #37996aaa
 import copy
@@ -133,17 +133,31 @@ def load_optimizer_state(
     opt,         # The optimizer of `optimizer_state`, or one over the same parameters
     state:dict,  # Is copied
 ):
-    "Restore momenta and hyper-parameters."
+    "Restore momenta and hyper-parameters, on the devices of the parameters."
     state, inner = copy.deepcopy(state), getattr(opt, 'opt', None)
     if isinstance(opt, Lookahead):
         opt.count, opt.slow_weights = state.pop('count'), state.pop('slow_weights')
+        if opt.slow_weights is not None:
+            opt.slow_weights = [[w.to(p.device) for w, p in zip(*o)] for o in zip(opt.slow_weights, opt.param_lists)]
         return load_optimizer_state(opt.opt, state)
     if inner is not None: return opt.load_state_dict(state)
     opt.state.clear()
-    opt.state.update({p: s for p, s in zip((p for l in opt.param_lists for p in l), state['state']) if s})
+    for p, s in zip((p for l in opt.param_lists for p in l), state['state']):
+        if s: opt.state[p] = {k: v.to(p.device) if torch.is_tensor(v) else v for k, v in s.items()}
     for h, old in zip(opt.hypers, state['hypers']):
         h.clear()
         h.update(old)
+
+# %% ../../nbs/42_persist.transaction.ipynb #2688bcdd
+def move_to_batches(
+    learn,  # A learner whose optimizer has been created
+):
+    """Move the network and the optimizer's state to the device of the batches. fastai moves the network alone, and so
+    loses a state that was loaded before the first fit."""
+    device, params = getattr(learn.dls, 'device', None), [*learn.model.parameters()]
+    before = [p.device for p in params]
+    if device is not None: learn.model.to(device)
+    if before != [p.device for p in params]: load_optimizer_state(learn.opt, optimizer_state(learn.opt))
 
 # %% ../../nbs/42_persist.transaction.ipynb #166330e4
 def training_state(

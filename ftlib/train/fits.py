@@ -30,7 +30,7 @@ from ..lr.schedule import Cosine, FlatCosine, Momentum, OneCycle, as_schedule
 from .step import StepLearner
 from ..callbacks.trackers import ReduceLROnPlateau
 from ..persist.transaction import (
-    hooks_snapshot, preserve_rng, restore_random_states, random_states, snapshot, learner_parts)
+    hooks_snapshot, move_to_batches, preserve_rng, restore_random_states, random_states, snapshot, learner_parts)
 
 # %% ../../nbs/63_train.fits.ipynb #c3ae4e3c
 class CheckFiniteLoss(Callback):
@@ -157,6 +157,7 @@ class FitLearner(StepLearner):
         if resume and checkpoint is None:
             raise TrainError('resume=True needs a folder of checkpoints: pass checkpoint=.')
         if reset_opt or self.opt is None: self.create_opt()
+        move_to_batches(self)  # a checkpoint is restored there
         hypers = self.opt.hypers
         lrs = self._group_lrs(self.lr if lr is None else lr, len(hypers), factors)
         # an optimizer may have no momentum

@@ -109,7 +109,7 @@ def unet_learner(
     meta = model_meta.get(arch, dict(split=default_split))
     known = 'stats' in meta and n_in == len(meta['stats'][0])
     if normalize and pretrained and known and normalization(dls.train) is None:
-        dls.add_tfms([BatchNormalize.from_stats(*meta['stats'])], 'after_batch')
+        _normalize_batches(dls, *meta['stats'])
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         net = create_unet_model(arch, n_out, dls.one_batch()[0].shape[-2:], pretrained=pretrained, weights=weights,
@@ -132,8 +132,15 @@ def _move_normalization(net, dls, pretrained):
     """As fastai has it: batches are normalised by the loader, by the statistics of the weights, and not at all where
     there are none"""
     if pretrained:
-        dls.add_tfms([BatchNormalize.from_stats(*(o.flatten().tolist() for o in (net.mean, net.std)))], 'after_batch')
+        _normalize_batches(dls, *(o.flatten().tolist() for o in (net.mean, net.std)))
     net.body.normalize = nn.Identity()
+
+# %% ../../nbs/65_train.vision.ipynb #03b16bd4
+def _normalize_batches(dls, mean, std):
+    "Add fastai's transform, with the statistics on the device of the batches: fastai takes the GPU if there is one"
+    tfm = BatchNormalize.from_stats(mean, std, cuda=False)
+    tfm.mean, tfm.std = to_device((tfm.mean, tfm.std), getattr(dls, 'device', None) or 'cpu')
+    dls.add_tfms([tfm], 'after_batch')
 
 # %% ../../nbs/65_train.vision.ipynb #c6b6c168
 def _as_many_as_fit(learn):
