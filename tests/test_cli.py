@@ -5,29 +5,13 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from ftlib.cli.parser import main
 
 REPORT = {"report.html", *(f"{n}.csv" for n in ("figures", "per_class", "confusion", "errors", "calibration"))}
 SMALL = "--arch cnn --size 32 --bs 8".split()
-
-
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory):
-    "A folder of two classes: stripes that lie, stripes that stand"
-    folder, rng = tmp_path_factory.mktemp("images") / "stripes", np.random.default_rng(0)
-    for label in ("lying", "standing"):
-        (folder / label).mkdir(parents=True)
-        for i in range(24):
-            wave = np.sin(np.arange(32) / rng.uniform(1, 2) + rng.uniform(0, 6))
-            grid = np.broadcast_to(wave[:, None] if label == "lying" else wave, (32, 32))
-            pixels = 128 + 80 * grid + rng.normal(0, 20, (32, 32))
-            Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / label / f"{i:02}.png")
-    return folder
 
 
 @pytest.fixture

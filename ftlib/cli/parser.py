@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import warnings
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import ftlib
@@ -41,7 +42,7 @@ EXAMPLES = {
 
 # %% ../../nbs/99c_cli.parser.ipynb #4d481421
 def build_parser() -> argparse.ArgumentParser:
-    "The commands and their options"
+    "The commands and their options; those of other packages are added by the entry points `ftlib.commands`"
     parser = argparse.ArgumentParser(
         "ftlib", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Fine-tune image classifiers, on fastai.",
@@ -57,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_demo_options, _train_options, _lr_find_options, _evaluate_options, _predict_options, _info_options,
                 _serve_options, _compare_options, _cv_options, _audit_options, _models_options, _cache_options):
         add(commands)
+    for point in entry_points(group="ftlib.commands"):
+        try: point.load()(commands)
+        # a package that is broken must not take ftlib's own commands with it
+        except Exception as e:
+            print(f"ftlib: warning: the command {point.name!r} ({point.value}) cannot be added: {_one_line(e)}",
+                  file=sys.stderr)
     return parser
 
 # %% ../../nbs/99c_cli.parser.ipynb #9af8b4e8
