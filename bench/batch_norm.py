@@ -1,11 +1,10 @@
-"""Should batch-norm statistics of a pretrained body move while it trains? Accuracy by learning rate, still and moving,
-from the same trained head.
+"""Should batch-norm statistics of a pretrained body move while it trains? Accuracy by learning rate, still and
+moving, from the same trained head.
 
 Beside the sets as they are, `sketches` are the edges of flowers and `recoloured` pets in exchanged and inverted
-colours: images unlike those the weights
-have seen. The whole network trains by one cycle; the first stage has a hundredth of the head's learning rate. `peak`
-is the largest validation loss on the
-way, divided by the head's. A row is written as each run ends; what is there already is not run again.
+colours: images unlike those the weights have seen. The whole network trains by one cycle; the first stage has a
+hundredth of the head's learning rate. `peak` is the largest validation loss on the way, divided by the head's. A row
+is written as each run ends; what is there already is not run again.
 """
 
 import copy

@@ -1,9 +1,8 @@
 """What an epoch costs when a student learns from a teacher too: ResNet-50 teaches ResNet-18.
 
 Seconds an epoch, medians over epochs after the first. With a frozen body, features and the teacher's answers are kept
-or (`cache=False`) computed anew
-in each epoch; with everything training, the teacher goes through each batch. No weights are needed: time does not
-depend on them.
+or (`cache=False`) computed anew in each epoch; with everything training, the teacher goes through each batch. No
+weights are needed: time does not depend on them.
 """
 
 import os

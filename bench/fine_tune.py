@@ -1,12 +1,10 @@
 """`fine_tune(5)` with nothing else given, beside fastai's `fine_tune(5)` and the head alone: accuracy, seconds, and
 the largest validation loss on the way.
 
-Both train the same network from the same weights on the same images, at the same size and batch size, in single
-precision and
-channels-last; fastai has its own augmentation and ImageNet's normalization. `head` is what the first phase of ftlib
-reached. Large sets
-are cut to `--images` training images and `--valid` validation images. A row is written as each run ends; what is there
-already is not run again.
+Both train the same network from the same weights on the same images, at the same size and batch size. All else is as
+each library has it by default: precision, memory format, augmentation, normalization. `head` is what the first phase
+of ftlib reached. Large sets are cut to `--images` training images and `--valid` validation images. A row is written
+as each run ends; what is there already is not run again. Every run starts with empty caches.
 """
 
 import time
@@ -15,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from learners import fastai_batches, fastai_head
+from learners import empty_caches, fastai_batches, fastai_head
 from fastai.vision import all as fv
 from results import Results, arguments
 
@@ -49,14 +46,12 @@ def chosen(name, data, n_train, n_valid):
 def by_ftlib(table, args, seed):
     dls = ftlib.image_data(table, size=args.size, bs=args.bs, seed=seed, num_workers=args.workers)
     learn = ftlib.vision_learner(dls, args.arch, weights=args.weights, metrics=fv.accuracy, seed=seed, bn=args.bn)
-    learn.model.to(memory_format=torch.channels_last)
     fine_tuning.HARDLY = args.hardly
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(args.epochs)
     phases, history = learn.fine_tuning.set_index("phase"), learn.history
     peak = history[history.phase == history.phase.max()].valid_loss.max() / phases.valid_loss["head"]
     return dict(accuracy=learn.validate()[1], head=phases.accuracy["head"], whole=phases.accuracy["whole network"],
-    peak=peak,
-                kept=phases.kept.idxmax(), lr=phases.lr["whole network"])
+                peak=peak, kept=phases.kept.idxmax(), lr=phases.lr["whole network"])
 
 
 def by_fastai(table, args, seed):
@@ -66,7 +61,6 @@ def by_fastai(table, args, seed):
     dls = fv.ImageDataLoaders.from_df(table, path="/", fn_col="path", label_col="label", valid_col="is_valid",
                                       **batches)
     learn = fastai_head(dls, args.weights, args.arch)
-    learn.model.to(memory_format=torch.channels_last)
     learn.remove_cb(fv.ProgressCallback)
     losses = []
     class Note(fv.Callback):
@@ -119,8 +113,10 @@ def main():
     results = Results(args.out, "set", "arch", "seed", "way")
     for seed, name, way in product(args.seeds, args.sets, args.ways):
         if results.has(name, args.arch, seed, way): continue
-        table, start = chosen(name, args.data, args.images, args.valid), time.perf_counter()
-        found = WAYS[way](table, args, seed)
+        table = chosen(name, args.data, args.images, args.valid)
+        with empty_caches():
+            start = time.perf_counter()
+            found = WAYS[way](table, args, seed)
         results.add(set=name, arch=args.arch, seed=seed, way=way, size=args.size, bs=args.bs, **found,
                     seconds=time.perf_counter() - start)
     print(summary(results.table).round(3).to_string(), differences(results.table).round(3).to_string(), sep="\n\n")

@@ -2,8 +2,7 @@
 fastai.
 
 The same folds, network, size, batches, rate and epochs; each library with its own defaults. ftlib computes what is
-frozen once, for all folds.
-The ways take turns, fold by fold, so that a busy machine is busy for both.
+frozen once, for all folds. The ways take turns, fold by fold, so that a busy machine is busy for both.
 """
 
 import os

@@ -2,9 +2,8 @@
 network.
 
 The images of a set are repeated under other names until there are enough, so each is read, decoded and computed as an
-image of its own.
-Every point is a process of its own, whose largest resident memory is noted. `--out` gets the table, and a plot of the
-same name.
+image of its own. Every point is a process of its own, whose largest resident memory is noted. `--out` gets the table,
+and a plot of the same name.
 """
 
 import argparse

@@ -1,10 +1,9 @@
 """Ten epochs of the head alone, everything included, from the folder to the last figure: ftlib beside plain fastai.
 
 Both at the same rate, one-cycle, same size and batches; fastai with its defaults (norms of the frozen body learn on,
-images are decoded and
-the body is run in each epoch), ftlib with its own (images decoded once, features computed once for each of `views`
-views). The ways alternate.
-`fastai still` is fastai with `train_bn=False`, the cheaper of its two ways. Nothing is kept from run to run.
+images are decoded and the body is run in each epoch), ftlib with its own (images decoded once, features computed once
+for each of `views` views). The ways alternate. `fastai still` is fastai with `train_bn=False`, the cheaper of its two
+ways. Nothing is kept from run to run.
 """
 
 import os

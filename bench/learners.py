@@ -1,9 +1,27 @@
 """Learners of ftlib and of fastai over the same images, that the benches compare."""
 
+import os
+import tempfile
+from contextlib import contextmanager
+
 import torch
 from fastai.vision import all as fv
 
 import ftlib
+from ftlib.cache.features import STORE
+
+
+@contextmanager
+def empty_caches():
+    "Context manager in which ftlib has no decoded images, features or choices of precision from before"
+    before = os.environ.get("FTLIB_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FTLIB_CACHE"] = folder
+        STORE.known.clear()
+        try: yield
+        finally:
+            if before is None: del os.environ["FTLIB_CACHE"]
+            else: os.environ["FTLIB_CACHE"] = before
 
 
 def ftlib_learner(folder, weights, seed, size, bs, arch="resnet18"):

@@ -2,12 +2,10 @@
 seven, 1e-4 to 1e-1.
 
 `frozen` is a new head on cached features. `unfrozen` starts from a trained head, with a hundredth of the head's
-learning rate for the first
-stage. Every fit of a row starts from the same weights. Beside `suggested` stand fastai's `valley`, out of its own
-sweep of the same network in the
-same state, and two fits at the usual learning rate that differ in nothing but the seed: their difference is what
-chance does to such a share.
-Large sets are cut to `--images` training images and `--valid` validation images.
+learning rate for the first stage. Every fit of a row starts from the same weights. Beside `suggested` stand fastai's
+`valley`, out of its own sweep of the same network in the same state, and two fits at the usual learning rate that
+differ in nothing but the seed: their difference is what chance does to such a share. Large sets are cut to `--images`
+training images and `--valid` validation images.
 """
 
 import copy

@@ -1,11 +1,9 @@
 """How far the learning rates that a sweep suggests move when only the seed changes: ftlib's, and fastai's four.
 
 The same network, in the same state, with the same batches, is swept by both, with their defaults. States: `frozen` (a
-new
-head on ImageNet's body), `unfrozen` (the same, everything trains) and `trained` (after 2 epochs of the head and 3 of
-everything). The spread is the largest over the smallest; a suggestion of none is counted as `none`. Our curves are
-kept beside
-the table, and what they say is read anew each time: sweeps take hours, reading them a moment.
+new head on ImageNet's body), `unfrozen` (the same, everything trains) and `trained` (after 2 epochs of the head and 3
+of everything). The spread is the largest over the smallest; a suggestion of none is counted as `none`. Our curves are
+kept beside the table, and what they say is read anew each time: sweeps take hours, reading them a moment.
 """
 
 import functools

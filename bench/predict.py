@@ -2,11 +2,9 @@
 memory it took.
 
 Links to the images of a set are made in a temporary folder, as many as `--files`, of which `--broken` lead to files
-that are no images.
-Each way runs in a process of its own: `forward` is the network on batches that are ready, `decode` the preparation
-alone, `predict`
-the command, which also writes the CSV. `predict` runs with a tenth of the files too: with constant memory, both take
-the same.
+that are no images. Each way runs in a process of its own: `forward` is the network on batches that are ready,
+`decode` the preparation alone, `predict` the command, which also writes the CSV. `predict` runs with a tenth of the
+files too: with constant memory, both take the same.
 """
 
 import json

@@ -1,9 +1,8 @@
 """How long things take beside plain fastai and beside PyTorch by hand: the same work in turn in one process, medians.
 
-Every row is a pair of callables over the same images, network, size and batches; a round runs each once, and the ratio
-of
-the medians is what counts. `--rows` picks some; those against Lightning want it installed (`ftlib[bench]`). Kept
-images and features go to a temporary folder.
+Every row is a pair of callables over the same images, network, size and batches; a round runs each once, and the
+ratio of the medians is what counts. `--rows` picks some; those against Lightning want it installed (`ftlib[bench]`).
+Kept images and features go to a temporary folder.
 """
 
 import copy

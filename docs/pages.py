@@ -1,9 +1,8 @@
 """From the notebooks in nbs/ to the pages that Sphinx reads, in docs/pages/.
 
 nbdev's own processors do the work: exported and hidden cells go, and what they define is shown with its signature. On
-top of
-that: a table of the arguments, an anchor for every name, links from prose to those anchors, and the site's contents.
-Saved outputs are shown as they are; nothing is trained here.
+top of that: a table of the arguments, an anchor for every name, links from prose to those anchors, and the site's
+contents. Saved outputs are shown as they are; nothing is trained here.
 """
 
 import inspect

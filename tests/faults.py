@@ -2,9 +2,8 @@
 killed (`make faults`).
 
 A training is two fits, of the head and of everything, kept in a folder after each epoch, in some settings after each
-two steps as well. It runs in a
-process of its own, which is sent SIGKILL, again and again until so many kills have hit. Every one that ends must end
-on the same weights, momenta and history.
+two steps as well. It runs in a process of its own, which is sent SIGKILL, again and again until so many kills have
+hit. Every one that ends must end on the same weights, momenta and history.
 """
 
 import argparse

@@ -2,8 +2,7 @@
 errors.
 
 A call is a name and a function of a library; what is meant to differ stands in docs/differences.csv, with the reason,
-and is shown there to
-who comes from fastai. Every third call runs always, all of them with `make slow`.
+and is shown there to who comes from fastai. Every third call runs always, all of them with `make slow`.
 """
 
 import contextlib

@@ -1,10 +1,9 @@
 """Every public operation, interrupted at every event, by a full disk and without memory; and a long run of operations
 in random order.
 
-What is asked afterwards: an operation that looks leaves everything as it was; one that trains leaves a learner that is
-whole, with the history of
-the epochs that were completed; no callback, hook, gradient, session, lock, thread, process, descriptor, figure or
-unfinished file is left.
+What is asked afterwards: an operation that looks leaves everything as it was; one that trains leaves a learner that
+is whole, with the history of the epochs that were completed; no callback, hook, gradient, session, lock, thread,
+process, descriptor, figure or unfinished file is left.
 """
 
 import errno

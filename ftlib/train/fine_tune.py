@@ -175,7 +175,7 @@ class _Run:
         # for random weights all stages have the same learning rate
         ratio = RATIO['moving' if moves_statistics(learn.model) else 'still'] if learn.pretrained else 1.
         ratios = np.geomspace(1 / ratio, 1, n)
-        with nullcontext() if self.freeze_to is not None else self._every_view_anew():
+        with nullcontext() if self.freeze_to is not None else self._augmented_anew():
             frozen = min(int((ratios < HARDLY).sum()), max(n - 2, 0))  # the last stage trains, and the head
             learn.freeze_to(frozen if self.freeze_to is None else self.freeze_to)
             k = learn.opt.frozen_idx
@@ -188,10 +188,10 @@ class _Run:
         self._note('whole network', lr, start, f'from {learn.groups_table().index[k]} on' if k else 'of all stages')
 
     @contextmanager
-    def _every_view_anew(self):
-        """Context manager without cached features: training whole stages needs more than a few augmentations of each
-        image"""
-        cache, self.learn.cache = self.learn.cache, False
+    def _augmented_anew(self):
+        """Context manager in which only the features of validation images are cached: training whole stages needs more
+        than a few augmentations of each image"""
+        cache, self.learn.cache = self.learn.cache, self.learn.cache and 'valid'
         try: yield
         finally: self.learn.cache = cache
 

@@ -257,7 +257,8 @@ class FitLearner(StepLearner):
 
     def _on_features(self, train=(), valid=True, cbs=None):
         "Context manager in which batches are cached features, if possible, and images otherwise"
-        return on_features(self, train, valid, L(cbs), self.views) if self.cache else held_session(self)
+        if not self.cache: return held_session(self)
+        return on_features(self, () if self.cache == 'valid' else train, valid, L(cbs), self.views)
 
     def _by_share(self, f, n_epoch): return lambda pct: f(pct * n_epoch, n_epoch)
 

@@ -68,7 +68,8 @@ class Learner(LearnerMethods, PredictLearner):
         # Batch-norm statistics of stages that train: 'moving', 'still', or 'auto': still in a pretrained body
         bn:str='auto',
         moms=(.95, .85, .95), default_cbs:bool=True,
-        cache:bool=True,        # Cache the features of frozen stages; see `on_features`
+        # Cache the features of frozen stages (see `on_features`): True, False, or 'valid', of validation images only
+        cache:bool|str=True,
         views:int=2,            # Number of random augmentations of each image whose features are cached
         # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', or a `PrecisionPolicy`
         precision='auto',

@@ -46,7 +46,8 @@ def vision_learner(
     bn:str='auto',
     moms=(.95, .85, .95),
     seed:int=None,        # Seed of the head's initialisation and of each fit
-    cache:bool=True,      # Cache the features of frozen stages
+    # Cache the features of frozen stages: True, False, or 'valid', of validation images only
+    cache:bool|str=True,
     views:int=2,          # Number of random augmentations of each image whose features are cached
     # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', or a `PrecisionPolicy`
     precision='auto',
