@@ -79,7 +79,7 @@ def main():
             learn.unfreeze()
             rows = fit(learn, args.epochs, slice(lr / 100, lr), pct_start=.3, div=5.)
             results.add(set=name, arch=args.arch, size=args.size, bs=args.bs, seed=seed, bn=bn, lr=lr,
-            accuracy=rows.accuracy.iloc[-1], loss=rows.valid_loss.iloc[-1],
+                        accuracy=rows.accuracy.iloc[-1], loss=rows.valid_loss.iloc[-1],
                         peak=rows.valid_loss.max() / head.valid_loss, head=head.accuracy, head_loss=head.valid_loss,
                         seconds=time.perf_counter() - began)
     shown = results.table.pivot_table(index=["set", "arch", "bs", "head"], columns=["bn", "lr"],

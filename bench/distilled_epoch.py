@@ -18,7 +18,7 @@ from results import Results, arguments
 import ftlib
 
 WAYS = {"head, plain": (True, True, False), "head, distilled": (True, True, True),
-"head, distilled, nothing kept": (True, False, True),
+        "head, distilled, nothing kept": (True, False, True),
         "everything, plain": (False, True, False), "everything, distilled": (False, True, True)}
 
 

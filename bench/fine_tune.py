@@ -85,14 +85,14 @@ def differences(table):
     over all; the ratio of seconds"""
     wide = table.pivot(index=["set", "seed"], columns="way",
                        values=["accuracy", "head", "seconds"]).dropna(subset=[("accuracy", "ftlib"),
-                       ("accuracy", "fastai")])
+                                                                              ("accuracy", "fastai")])
     rows = {}
     for name, part in [*wide.groupby("set", sort=False), ("all", wide)]:
         a = part["accuracy"]
         gains = {"over fastai": a["ftlib"] - a["fastai"], "over the head": a["ftlib"] - part["head"]["ftlib"]}
         rows[name] = dict(runs=len(part)) | {f"{k}{end}": v for k, o in gains.items() for end,
                                              v in zip(("", " low", " high"), mean_interval(o, within=(-1, 1)),
-                                             strict=True)}
+                                                      strict=True)}
         rows[name]["seconds, ftlib / fastai"] = (part["seconds"]["ftlib"] / part["seconds"]["fastai"]).median()
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -25,7 +25,7 @@ def by_fastai(table, fold, args):
     start = time.perf_counter()
     fv.set_seed(args.seeds[0])
     dls = fv.ImageDataLoaders.from_df(table.assign(held=table["fold"] == fold), path="/", fn_col="item",
-    label_col="label", valid_col="held",
+                                      label_col="label", valid_col="held",
                                            **fastai_batches(args.size, args.bs))
     learn = fastai_head(dls, args.weights)
     learn.remove_cb(ProgressCallback)
@@ -79,7 +79,7 @@ def summary(table):
     whole = table[table["fold"] < 0].set_index("set")
     fastai = table[table["way"] == "fastai"].groupby("set")
     return pd.DataFrame({"fastai, five trainings": fastai["seconds"].sum(), "ftlib, one call": whole["seconds"],
-    "ratio": fastai["seconds"].sum() / whole["seconds"],
+                         "ratio": fastai["seconds"].sum() / whole["seconds"],
                          "accuracy of fastai": fastai["accuracy"].mean(), "of ftlib": whole["accuracy"]})
 
 

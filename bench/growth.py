@@ -51,7 +51,7 @@ def one(args, images, classes, epochs):
         times.append(time.perf_counter())
         filled, trained = learn.history.fill_seconds.sum(), learn.history.seconds.sum()
     return dict(data=times[1] - times[0], fill=filled, epoch=trained / epochs, all=times[-1] - times[0],
-    features_mb=learn.history.fill_bytes.sum() / 1e6,
+                features_mb=learn.history.fill_bytes.sum() / 1e6,
                 before_mb=start / 1e3, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
                 threads=torch.get_num_threads())
 

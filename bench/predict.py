@@ -65,7 +65,7 @@ def decode(model, folder, bs, n):
     from ftlib.deploy.predict import _prepared, find_images
     start, found = time.perf_counter(), [error is None for _, _,
                                          error in _prepared(model.prepare, find_images(folder), os.cpu_count() or 1,
-                                         2 * bs)]
+                                                            2 * bs)]
     return dict(images=sum(found), seconds=time.perf_counter() - start, errors=found.count(False))
 
 

@@ -300,7 +300,7 @@ def main():
         seconds = [[timed(call) for call in pair] for _ in range(args.rounds)]
         theirs, ours = (median(o) for o in zip(*seconds))
         found.append(dict(row=name, arch=args.arch, against=against, theirs=theirs, ours=ours, ratio=theirs / ours,
-        reach=reach,
+                          reach=reach,
                           threads=torch.get_num_threads()))
         print(f"{name:20} {theirs:8.3f} s  {ours:8.3f} s  × {theirs / ours:6.2f}  ({reach}; against {against})",
               flush=True)

@@ -188,7 +188,7 @@ def contents(names):
     return "\n\n".join([
         toctree("Get started", ["guides/get_started"]), toctree("Guides", [f"guides/{g}" for g in GUIDES]),
         toctree("Tutorials", tutorials), toctree("API reference",
-        [*(f"api/{p}" for p in PACKAGES), "errors", "api/internals"]),
+                                                 [*(f"api/{p}" for p in PACKAGES), "errors", "api/internals"]),
         toctree("Measured", ["tutorials/measured"]),
     ])
 

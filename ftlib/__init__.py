@@ -1,8 +1,8 @@
 """Fine-tune image classifiers in a notebook, on fastai, and trust the result.
 
 `from ftlib import *` replaces `from fastai.vision.all import *`: it brings all of fastai's names, with ftlib's in
-place of those that it improves.
-Names are loaded when the first of them is asked for, so that `ftlib --help` and `import ftlib.cli` wait for no torch.
+place of those that it improves. Names are loaded when the first of them is asked for, so that `ftlib --help` and
+`import ftlib.cli` wait for no torch.
 """
 
 __version__ = "0.1.0"

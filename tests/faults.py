@@ -24,7 +24,7 @@ from test_checkpoint import each_two_steps, learner, images, train
 from ftlib.persist.checkpoint import Checkpoint
 
 SETTINGS = {"features kept": {}, "images each time": dict(cache=False),
-"features, each two steps": dict(how=each_two_steps),
+            "features, each two steps": dict(how=each_two_steps),
             "images, each two steps": dict(cache=False, how=each_two_steps)}
 
 

@@ -80,7 +80,7 @@ class Smoothed(nn.CrossEntropyLoss):
 
 
 OF_SOFTMAX = {"F.cross_entropy": F.cross_entropy, "partial": partial(F.cross_entropy, label_smoothing=.1),
-"lambda": lambda p, y: 3 * F.cross_entropy(p, y, reduction="sum"),
+              "lambda": lambda p, y: 3 * F.cross_entropy(p, y, reduction="sum"),
               "nn": nn.CrossEntropyLoss(), "weighted": nn.CrossEntropyLoss(weight=torch.tensor([1., 5., 2.])),
               "nn subclass": Smoothed(), "own focal": Focal(),
               "own weighted focal": Focal(.5, torch.tensor([1., 5., 2.])), "own object": Poly(),
@@ -134,7 +134,7 @@ def test_an_activation_of_the_losss_own_is_taken(dls):
 
 
 @pytest.mark.parametrize("loss", [lambda p, y: -p.gather(1, y[:, None]).mean(),
-lambda p, y: ((p - F.one_hot(y, 3)) ** 2).mean(), lambda d, y: F.cross_entropy(-d, y)],
+    lambda p, y: ((p - F.one_hot(y, 3)) ** 2).mean(), lambda d, y: F.cross_entropy(-d, y)],
                          ids=["scores", "squares", "distances"])
 def test_a_loss_that_does_not_tell_is_refused(dls, loss):
     learn = tiny(dls, loss_func=loss)
@@ -203,7 +203,7 @@ class Share:
 
 PROBABLY = {"log_loss": sk.log_loss, "roc_auc_score": partial(sk.roc_auc_score, multi_class="ovr")}
 CLASSES = {"f1": partial(sk.f1_score, average="macro"), "kappa": sk.cohen_kappa_score,
-"balanced": sk.balanced_accuracy_score, "mcc": sk.matthews_corrcoef,
+           "balanced": sk.balanced_accuracy_score, "mcc": sk.matthews_corrcoef,
            "recall": partial(sk.recall_score, average="macro")}
 
 
@@ -217,7 +217,7 @@ def test_metrics_that_are_no_mean_are_of_the_whole_set(dls):
     columns = [c for c in learn.history if c not in ("phase", "epoch", "train_loss", "valid_loss", "lr", "seconds",
                                                      "frozen", "cached", "fill_seconds", "fill_bytes")]
     assert columns == ["Share", "f1_score(average='macro')", "cohen_kappa_score", "balanced_accuracy_score",
-    "matthews_corrcoef", "recall_score(average='macro')", "log_loss",
+                       "matthews_corrcoef", "recall_score(average='macro')", "log_loss",
                        "roc_auc_score(multi_class='ovr')"]
     assert learn.history[columns].iloc[0].tolist() == pytest.approx(wanted, abs=1e-5)
     quiet(learn, lambda: learn.fit(1, 1e-3, cbs=[EarlyStopping("Share"), SaveModelCallback("log_loss", fname="f")]))
@@ -240,7 +240,7 @@ def test_metrics_of_torchmetrics(dls):
 def test_metrics_by_name_and_wrong_ones(dls):
     assert list(tiny(dls, metrics=["accuracy", "error_rate", "top2",
                                    partial(accuracy, axis=-1)]).metrics.attrgot("name")) == ["accuracy", "error_rate",
-                                   "top2", "accuracy(axis=-1)"]
+                                       "top2", "accuracy(axis=-1)"]
     assert tiny(dls, metrics="accuracy").metrics[0].func is accuracy and tiny(dls,
         metrics="error_rate").metrics[0].func is error_rate
     with pytest.raises(MetricError, match="Did you mean 'accuracy'"): tiny(dls, metrics="acuracy")
@@ -266,12 +266,12 @@ def deep(groups=None):
 
 
 SPLITS = {"coarser": lambda m: [[p for s in m.stages[:3] for p in s.parameters()], [*m.stages[3].parameters()],
-[*m.head.parameters()]],
+                                [*m.head.parameters()]],
           "in the middle of a stage": lambda m: [[*m.stages[0].parameters(), *m.stages[1][0].parameters()],
-          [*m.stages[1][1].parameters(), *m.stages[2].parameters(), *m.stages[3].parameters()],
+              [*m.stages[1][1].parameters(), *m.stages[2].parameters(), *m.stages[3].parameters()],
                                                  [*m.head.parameters()]],
           "late first": lambda m: [[*m.stages[3].parameters()], [p for s in m.stages[:3] for p in s.parameters()],
-          [*m.head.parameters()]],
+                                   [*m.head.parameters()]],
           "body and head": lambda m: [[p for s in m.stages for p in s.parameters()], [*m.head.parameters()]]}
 
 
@@ -351,7 +351,7 @@ def momentum(net): next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d
 
 
 OTHERS = {"loss": dict(loss_func=LabelSmoothingCrossEntropy()), "loss ": dict(loss_func=Focal()),
-"loss  ": dict(loss_func=nn.CrossEntropyLoss(label_smoothing=.3)),
+          "loss  ": dict(loss_func=nn.CrossEntropyLoss(label_smoothing=.3)),
           "loss   ": dict(loss_func=nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3.]))),
           "loss    ": dict(loss_func=F.cross_entropy),
           "Dropout": dict(change=dropout), "rate=0.9": dict(change=own_dropout), "LeakyReLU": dict(change=slope),

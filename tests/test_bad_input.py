@@ -146,7 +146,7 @@ def test_images_in_memory_that_are_nan():
 # ---- networks and weights
 
 @pytest.mark.parametrize("arch,said", [("resnt18", "Did you mean 'resnet18'"),
-("timm/resnt18", "Did you mean 'resnet18'"),
+                                       ("timm/resnt18", "Did you mean 'resnet18'"),
                                        ("efficientnet-b0", "Did you mean.*efficientnet_b0"),
                                        ("mein netz", "no model 'mein netz'"), (7, "no model '7'")])
 def test_names_of_networks(arch, said):

@@ -163,7 +163,7 @@ def noisy_image(x:PILImage):
 
 
 @pytest.mark.parametrize("place, transform", [("after_batch", noise), ("after_batch", Noise()),
-("after_batch", Transform(noise, split_idx=0)), ("after_batch", Transform(noise)),
+    ("after_batch", Transform(noise, split_idx=0)), ("after_batch", Transform(noise)),
                                               ("after_item", noisy_image),
                                               ("after_item", Transform(noisy_image, split_idx=0))])
 def test_a_random_function_has_views(folder, place, transform):
@@ -201,7 +201,7 @@ def asked(net, dl, store):
 
 
 @pytest.mark.parametrize("change", [lambda m: Teacher(-2.), lambda m: m.setattr(Teacher, "sign", -2.) or Teacher(),
-lambda m: m.setitem(globals(), "BASE", -2.) or Teacher(),
+                                    lambda m: m.setitem(globals(), "BASE", -2.) or Teacher(),
                                     lambda m: m.setattr(Teacher, "forward", lambda self, x: -2 * x.mean((2, 3))[:, :2])
                                     or Teacher()])
 @pytest.mark.parametrize("inside", [lambda net: net, lambda net: nn.Sequential(nn.Identity(), net)])
@@ -479,7 +479,7 @@ DECODER = """
 
 def decoder(folder, kept, pause):
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(DECODER), str(folder), str(kept),
-    str(pause)],
+                             str(pause)],
                             stdout=subprocess.PIPE, text=True)
 
 

@@ -102,9 +102,9 @@ def each_two_steps(place): return Checkpoint(place, every=2)
 
 
 SETTINGS = {"as it comes": {}, "images": dict(cache=False), "workers": dict(workers=2),
-"each two steps": dict(how=each_two_steps),
+            "each two steps": dict(how=each_two_steps),
             "mixup": dict(cbs=[MixUp]), "accumulated, each two steps": dict(cbs=[lambda: GradientAccumulation(20)],
-            how=each_two_steps), "images, each two steps": dict(cache=False, how=each_two_steps),
+                how=each_two_steps), "images, each two steps": dict(cache=False, how=each_two_steps),
             "stopping": dict(cbs=[lambda: EarlyStopping("accuracy", patience=2)]),
             "torch's SGD": dict(opt_func=torch.optim.SGD)}
 

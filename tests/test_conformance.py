@@ -96,14 +96,14 @@ class Library:
 
     def segmentation(self, **kw):
         block = self.DataBlock((self.ImageBlock, self.MaskBlock(list("abc"))), get_items=lambda _: self.files()[:8],
-        get_y=mask_of,
+                               get_y=mask_of,
                                splitter=self.IndexSplitter([0, 1, 2, 3]),
                                **dict(item_tfms=self.Resize(32, method="squish")) | kw)
         return block.dataloaders(folder(), bs=4, num_workers=0, device=torch.device("cpu"))
 
     def block(self, target, get_y, **kw):
         block = self.DataBlock((self.ImageBlock, target), get_items=lambda _: self.files(), get_y=get_y,
-        splitter=self.IndexSplitter(list(range(6))),
+                               splitter=self.IndexSplitter(list(range(6))),
                                item_tfms=self.Resize(32, method="squish"), **kw)
         return block.dataloaders(folder(), bs=4, num_workers=0, device=torch.device("cpu"))
 
@@ -129,7 +129,7 @@ def trained(learn, how, *args, **kw):
 
 
 FITS = dict(fit=("fit", 2), fit_lr=("fit", 1, .01), fit_slice=("fit", 1, slice(1e-3, 1e-2)),
-fit_stop=("fit", 1, slice(1e-2)), fit_list=("fit", 1, [1e-3, 1e-2]),
+            fit_stop=("fit", 1, slice(1e-2)), fit_list=("fit", 1, [1e-3, 1e-2]),
             one_cycle=("fit_one_cycle", 2, .01), one_cycle_slice=("fit_one_cycle", 1, slice(1e-3, 1e-2)),
             flat_cos=("fit_flat_cos", 2, .01), sgdr=("fit_sgdr", 2, 1, .01))
 for n, (how, *args) in FITS.items():
@@ -140,7 +140,7 @@ for n, kw in dict(wd=dict(wd=.1), div=dict(div=10.), div_final=dict(div_final=1e
 for n in ("Adam", "SGD", "RMSProp", "QHAdam", "RAdam", "Lamb", "ranger"):
     call(f"opt_{n}", lambda L, n=n: trained(L.learner(opt_func=getattr(L, n)), "fit", 2, .01))
 for n, f in dict(mom=lambda L: partial(L.SGD, mom=.9), adam=lambda L: partial(L.Adam, eps=1e-3, sqr_mom=.95),
-wd=lambda L: partial(L.SGD, wd=.1, decouple_wd=False),
+                 wd=lambda L: partial(L.SGD, wd=.1, decouple_wd=False),
                  wrapped=lambda L: partial(L.OptimWrapper, opt=torch.optim.AdamW)).items():
     call(f"opt_partial_{n}", lambda L, f=f: trained(L.learner(opt_func=f(L)), "fit", 2, .01))
 call("lr_of_the_optimizer", lambda L: trained(L.learner(opt_func=partial(L.SGD, lr=.25)), "fit", 1))
@@ -183,7 +183,7 @@ call("events_one_cycle", lambda L: events(L, lambda l: l.fit_one_cycle(1)))
 call("events_validate", lambda L: events(L, lambda l: l.validate()))
 call("events_get_preds", lambda L: events(L, lambda l: l.get_preds()))
 for at, error in (("before_batch", "CancelBatchException"), ("after_pred", "CancelBatchException"),
-("after_loss", "CancelBatchException"), ("before_step", "CancelStepException"),
+                  ("after_loss", "CancelBatchException"), ("before_step", "CancelStepException"),
                   ("before_backward", "CancelBackwardException"), ("before_train", "CancelTrainException"),
                   ("after_batch", "CancelTrainException"), ("before_epoch", "CancelEpochException"),
                   ("before_validate", "CancelValidException"), ("after_epoch", "CancelFitException"),
@@ -233,7 +233,7 @@ call("requires_grad_by_hand", lambda L: (l := L.learner(), l.model[0].requires_g
 # ---- predictions
 
 LOSSES = dict(flat=(lambda L: L.CrossEntropyLossFlat(), 3, None), torch=(lambda L: nn.CrossEntropyLoss(), 3, None),
-function=(lambda L: F.cross_entropy, 3, None),
+              function=(lambda L: F.cross_entropy, 3, None),
               smooth=(lambda L: L.LabelSmoothingCrossEntropyFlat(), 3, None),
               mse=(lambda L: L.MSELossFlat(), 1, lambda y: y[:, None].float()),
               l1=(lambda L: L.L1LossFlat(), 1, lambda y: y[:, None].float()),
@@ -255,7 +255,7 @@ for n in ("flat", "bce", "focal", "mse"):
     call(f"decoded_{n}", lambda L, n=n: predictor(L, n).get_preds(with_decoded=True))
 for n in ("flat", "mse", "smooth"): call(f"with_loss_{n}", lambda L, n=n: predictor(L, n).get_preds(with_loss=True))
 for n, kw in dict(train=dict(ds_idx=0), inputs=dict(with_input=True), act=dict(act=torch.sigmoid),
-all=dict(with_input=True, with_loss=True, with_decoded=True), unordered=dict(reorder=False),
+                  all=dict(with_input=True, with_loss=True, with_decoded=True), unordered=dict(reorder=False),
                   no_targets=dict(with_targs=False), no_preds=dict(with_preds=False)).items():
     call(f"get_preds_of_{n}", lambda L, kw=kw: predictor(L, "flat").get_preds(**kw))
 call("get_preds_dl", lambda L: (l := predictor(L, "flat"), l.get_preds(dl=l.dls.valid))[-1])
@@ -301,7 +301,7 @@ for n, f in dict(f1=lambda L: L.F1Score(average="macro"), error=lambda L: L.erro
 # ---- callbacks
 
 CALLBACKS = dict(early=lambda L: L.EarlyStoppingCallback(patience=1), save=lambda L: L.SaveModelCallback(),
-save_metric=lambda L: L.SaveModelCallback(monitor="accuracy"),
+                 save_metric=lambda L: L.SaveModelCallback(monitor="accuracy"),
                  plateau=lambda L: L.ReduceLROnPlateau(patience=1, min_delta=10.),
                  nan=lambda L: L.TerminateOnNaNCallback(), accumulate=lambda L: L.GradientAccumulation(32),
                  clip=lambda L: L.GradientClip(.1), short=lambda L: L.ShortEpochCallback(.5),
@@ -313,7 +313,7 @@ for n, f in CALLBACKS.items():
     if n != "cutmix": call(f"callback_{n}", lambda L, f=f: trained(L.learner(), "fit", 2, .01, cbs=f(L)))
 call("own_metric_saved", lambda L: (acc := types.FunctionType((lambda p, t: (p.argmax(1) == t).float().mean()).__code__,
     globals(), "acc_camvid"), trained(L.learner(metrics=acc), "fit", 1, .01,
-    cbs=L.SaveModelCallback(monitor="acc_camvid")))[-1])
+                                      cbs=L.SaveModelCallback(monitor="acc_camvid")))[-1])
 call("partial_monitored", lambda L: trained(L.learner(metrics=partial(L.top_k_accuracy, k=2)), "fit", 1, .01,
                                             cbs=L.EarlyStoppingCallback(monitor="top_k_accuracy")))
 call("monitor_unknown", lambda L: L.learner().fit(1, cbs=L.SaveModelCallback(monitor="accurcy")))
@@ -395,7 +395,7 @@ call("vision_groups", lambda L: (l := L.vision(), l.create_opt(), len(l.opt.para
 call("vision_three_lrs", lambda L: (l := L.vision(), l.fit(1, [1e-5, 1e-4, 1e-3]), float(l.opt.hypers[-1]["lr"]))[-1])
 call("vision_splitter", lambda L: (l := L.vision(splitter=L.default_split), l.create_opt(), len(l.opt.param_lists))[-1])
 for n, kw in dict(no_concat=dict(concat_pool=False), widths=dict(lin_ftrs=[32]), ps=dict(ps=.1),
-first=dict(first_bn=False), final=dict(bn_final=True), linear=dict(lin_first=True), y=dict(y_range=(0, 1)),
+    first=dict(first_bn=False), final=dict(bn_final=True), linear=dict(lin_first=True), y=dict(y_range=(0, 1)),
                   n_out=dict(n_out=7), no_init=dict(init=None)).items():
     call(f"vision_head_{n}", lambda L, kw=kw: (m := L.vision(**kw).model, [type(o).__name__ for o in m[1]],
                                                shape(m.eval()(torch.rand(2, 3, 64, 64))))[1:])
@@ -438,7 +438,7 @@ call("head_own_pools", lambda L: shape(L.vision(custom_head=nn.Sequential(nn.Ada
     nn.Linear(512, 3))).model.eval()(torch.rand(2, 3, 64, 64))))
 call("cut_function",
      lambda L: shape(L.vision(cut=lambda m: nn.Sequential(*list(m.children())[:-2])).model.eval()(torch.rand(2, 3, 64,
-     64))))
+                                                                                                             64))))
 call("cut_number", lambda L: shape(L.vision(cut=-3).model[0](torch.rand(2, 3, 64, 64))))
 
 
@@ -467,14 +467,14 @@ IMAGES = dict(item=lambda L: dict(item_tfms=L.Resize(32), bs=4, num_workers=0, d
 LOADERS = dict(
     path_func=lambda L: L.images(), folder=lambda L: L.ImageDataLoaders.from_folder(folder(), **IMAGES(L)),
     name_func=lambda L: L.ImageDataLoaders.from_name_func(folder(), L.files(), lambda n: n.split("_")[0], seed=1,
-    **IMAGES(L)),
+                                                          **IMAGES(L)),
     name_re=lambda L: L.ImageDataLoaders.from_name_re(folder(), L.files(), r"^(.*?)_", seed=1, **IMAGES(L)),
     lists=lambda L: L.ImageDataLoaders.from_lists(folder(), L.files(), [p.parent.name for p in L.files()], seed=1,
-    **IMAGES(L)),
+                                                  **IMAGES(L)),
     df=lambda L: L.ImageDataLoaders.from_df(frame(L), folder(), seed=1, **IMAGES(L)),
     get_x=lambda L: L.DataBlock((L.ImageBlock, L.CategoryBlock), get_items=lambda _: list(frame(L).name),
-    get_x=lambda n: folder() / n, get_y=lambda n: Path(n).parent.name, splitter=L.RandomSplitter(seed=1),
-    item_tfms=L.Resize(32)).dataloaders(folder(), bs=4, num_workers=0),
+        get_x=lambda n: folder() / n, get_y=lambda n: Path(n).parent.name, splitter=L.RandomSplitter(seed=1),
+                                item_tfms=L.Resize(32)).dataloaders(folder(), bs=4, num_workers=0),
     augmented=lambda L: L.images(batch_tfms=L.aug_transforms(size=32)),
     grey=lambda L: L.block(L.CategoryBlock, lambda p: p.parent.name))
 for n, f in LOADERS.items(): call(f"loaders_{n}", lambda L, f=f: run(L, f(L)))

@@ -49,7 +49,7 @@ FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback,
           "CutMix": fc.CutMix, "GradientAccumulation": partial(fc.GradientAccumulation, 96),
           "GradientClip": fc.GradientClip, "BnFreeze": fc.BnFreeze,
           "ActivationStats": fc.ActivationStats, "ParamScheduler": partial(fc.ParamScheduler,
-          {"lr": fc.combined_cos(.25, 1e-3, 1e-2, 1e-5)}), "FetchPreds": fc.FetchPredsCallback}
+              {"lr": fc.combined_cos(.25, 1e-3, 1e-2, 1e-5)}), "FetchPreds": fc.FetchPredsCallback}
 
 
 def ours():
@@ -200,7 +200,7 @@ def test_killed_and_resumed(name, tmp_path):
 # ---- a look from within a fit
 
 LOOKS = {"validate": lambda l: l.validate(), "get_preds": lambda l: l.get_preds(),
-"lr_find": lambda l: l.lr_find(num_it=10, show_plot=False),
+         "lr_find": lambda l: l.lr_find(num_it=10, show_plot=False),
          "get_preds of the training set": lambda l: l.get_preds(ds_idx=0)}
 
 

@@ -61,13 +61,13 @@ def listed(change):
 
 
 LISTS = [listed(f) for f in (lambda o: [], lambda o: 7, lambda o: None, lambda o: {}, lambda o: o | {"bytes": "many"},
-lambda o: o | {"rows": 3, "names": 3}, lambda o: o | {"dtype": "sum", "rows": {}},
+                             lambda o: o | {"rows": 3, "names": 3}, lambda o: o | {"dtype": "sum", "rows": {}},
                              lambda o: o | {"rows": {k: [10**12, 20, 20, 1] for k in o.get("rows", ())},
-                             "shape": [10**9, 600]}, lambda o: o | {"rows": {k: "abc" for k in o.get("rows", ())},
-                             "names": [[]] * 4},
+                                 "shape": [10**9, 600]}, lambda o: o | {"rows": {k: "abc" for k in o.get("rows", ())},
+                                                                        "names": [[]] * 4},
                              lambda o: o | {"rows": {k: [-5, 20, 20, 1] for k in o.get("rows", ())},
-                             "shape": [-4, 600]}, lambda o: o | {"sums": 0,
-                             "rows": {k: None for k in o.get("rows", ())}})]
+                                            "shape": [-4, 600]}, lambda o: o | {"sums": 0,
+                                                "rows": {k: None for k in o.get("rows", ())}})]
 DAMAGE = [("bin", f) for f in (zeroed, half_zeroed, one_bit, swapped, cut, emptied, grown, gone)] + [("json", f)
     for f in (zeroed, cut, emptied, gone, *LISTS)]
 
@@ -130,7 +130,7 @@ def test_a_checksum_sees_each_bit(data, more):
 # ---- whose files they are
 
 MINE = ["pytorch_model.bin", "pytorch_model.json", "draft.new", "a.bin", "model-0123456789abcdef0123456789abcdef.bin",
-"24v2.bin", "24v2-123.bin", "notes-24v2-" + RECIPE + ".json",
+        "24v2.bin", "24v2-123.bin", "notes-24v2-" + RECIPE + ".json",
         "weights.bin.12.34.new", RECIPE + ".bin"]
 
 

@@ -35,7 +35,7 @@ def test_scale_of_16_bits_is_the_same_for_all_images(kind, value, expected):
     a = np.full((4, 4), value, np.uint16)
     whole = a.astype(np.int32)
     x = {"png": lambda: stored(a), "tiff": lambda: stored(a, "tiff"), "array": lambda: a,
-    "big endian array": lambda: a.astype(">u2"),
+         "big endian array": lambda: a.astype(">u2"),
          "big endian": lambda: Image.frombytes("I;16B", (4, 4), a.astype(">u2").tobytes()),
          "pgm": lambda: pgm(value, 65535),
          "I in a tiff": lambda: stored(whole, "tiff"), "I in memory": lambda: Image.fromarray(whole)}[kind]()
@@ -54,7 +54,7 @@ def test_a_tiff_of_12_bits():
 def test_floats_and_what_has_no_scale():
     assert [grey(stored(np.full((4, 4), v, np.float32), "tiff")) for v in (0, .2, 1)] == [0, 51, 255]
     for a, said in ((np.float32(16), "from 16 to 16"), (np.float32(np.nan), "from nan"), (np.float32(-1), "from -1"),
-    (np.int32(65536), "expected 16 bits, 0…65535"),
+                    (np.int32(65536), "expected 16 bits, 0…65535"),
                     (np.int32(-1), "from -1 to -1")):
         with pytest.raises(ImageError, match=said): open_image(stored(np.full((4, 4), a), "tiff"))
 

@@ -50,7 +50,7 @@ def shipped(learn, tmp_path_factory): return learn.bundle(tmp_path_factory.mktem
 def test_the_learner_the_predictor_and_the_file_say_the_same(learn, shipped, photographs):
     ours, again = predict_images(learn, photographs, top=2,
                                  progress=False), load_bundle(shipped).predict_images(photographs, top=2, bs=3,
-                                 threads=1, progress=False)
+                                                                                      threads=1, progress=False)
     assert ours.drop(columns="error").equals(again.drop(columns="error")) or np.allclose(ours.probability,
         again.probability, atol=1e-6)
     probs = learn.get_preds(dl=learn.dls.test_dl(ours.path.tolist()))[0]
@@ -137,7 +137,7 @@ def mutated(shipped, folder, count, seed):
         loaded += 1
         assert found.about == wanted.about and all(torch.equal(v, found.net.state_dict()[k]) for k,
                                                    v in wanted.net.state_dict().items()), (n,
-                                                   MUTATIONS[n % len(MUTATIONS)])
+                                                       MUTATIONS[n % len(MUTATIONS)])
     return loaded
 
 
@@ -155,14 +155,14 @@ def _of(about, **changes): return about | changes
 HOSTILE = {
     "an unknown builder": lambda a: _of(a, network=a["network"] | {"builder": "eval"}),
     "an architecture that is code": lambda a: _of(a, network={"builder": "create_network",
-    "arch": "__import__('os').system('true')", "n_out": 2, "n_in": 3}),
+        "arch": "__import__('os').system('true')", "n_out": 2, "n_in": 3}),
     "an architecture that is a path": lambda a: _of(a, network={"builder": "create_network", "arch": "../../etc/passwd",
-    "n_out": 2, "n_in": 3}),
+                                                                "n_out": 2, "n_in": 3}),
     "a hub": lambda a: _of(a, network={"builder": "create_network", "arch": "hf_hub:somebody/something", "n_out": 2,
-    "n_in": 3}),
+                                       "n_in": 3}),
     "an argument that is a file": lambda a: _of(a, network=a["network"] | {"weights": "/etc/passwd"}),
     "a huge network": lambda a: _of(a, network=a["network"] | {"channels": [1_000_000, 1_000_000],
-    "linear": [10_000_000]}),
+                                                               "linear": [10_000_000]}),
     "another network": lambda a: _of(a, network={"builder": "create_network", "arch": "vgg19", "n_out": 2, "n_in": 3}),
     "texts for numbers": lambda a: _of(a, network=a["network"] | {"channels": ["16", "32"]}),
     "no classes": lambda a: _of(a, classes=[]),

@@ -31,12 +31,12 @@ def cifar(n):
 
 FILES = {
     "ants_bees": {f"hymenoptera_data/{s}/{c}/{i}.jpg": jpeg(i) for s in ("train", "val") for c in ("ants", "bees")
-    for i in range(3)},
+                  for i in range(3)},
     "flowers": {f"flower_photos/{c}/{i}.jpg": jpeg(i) for c in ("daisy", "roses")
-    for i in range(10)} | {"flower_photos/LICENSE.txt": b"CC BY"},
+                for i in range(10)} | {"flower_photos/LICENSE.txt": b"CC BY"},
     "pets": {f"images/{b}_{i}.jpg": jpeg(i) for b in (*examples.BREEDS, "Birman") for i in range(1, 9)},
     "cifar10": {"cifar-10-batches-bin/batches.meta.txt": b"airplane\nship\n",
-    "cifar-10-batches-bin/data_batch_1.bin": cifar(8), "cifar-10-batches-bin/test_batch.bin": cifar(4)},
+                "cifar-10-batches-bin/data_batch_1.bin": cifar(8), "cifar-10-batches-bin/test_batch.bin": cifar(4)},
 }
 CLASSES = {"ants_bees": ["ants", "bees"], "flowers": ["daisy", "roses"], "pets": sorted(examples.BREEDS),
            "cifar10": ["airplane", "ship"]}

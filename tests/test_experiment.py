@@ -58,7 +58,7 @@ else:
 
 def start(script, *args):
     return subprocess.Popen([sys.executable, "-W", "ignore", script, *map(str, args)], stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -113,7 +113,7 @@ def way(seed):
 def made_up(way, seed, on):
     CALLS.append(seed)
     return dict(probs=np.eye(2, dtype="float32"), targets=np.array([0, 1]), classes=["a", "b"], files=["x", "y"],
-    seconds=1., bytes=1, parameters=1, trainable=1, epochs=1,
+                seconds=1., bytes=1, parameters=1, trainable=1, epochs=1,
                 best_epoch=1, images_per_second=1., history={"valid_loss": [1.]})
 
 

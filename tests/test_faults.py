@@ -56,14 +56,14 @@ def learner(folder, frozen=0, seed=None):
 IMAGE = np.full((20, 20, 3), 90, dtype="uint8")
 TRAIN = dict(fit=lambda learn: learn.fit(2, 1e-3),
              fit_one_cycle=lambda learn: learn.fit_one_cycle(2, 1e-3,
-             cbs=[EarlyStopping(patience=1), ReduceLROnPlateau(), RecoverFromNaN(check_every=1)]),
+                 cbs=[EarlyStopping(patience=1), ReduceLROnPlateau(), RecoverFromNaN(check_every=1)]),
              fine_tune=lambda learn: learn.fine_tune(1, freeze_epochs=1),
              fastais_fine_tune=lambda learn: learn.fine_tune(1, 1e-3),
              checkpoint=lambda learn: learn.fit(2, 1e-3,
-             checkpoint=Checkpoint(learn.path / f"checkpoints{time.monotonic_ns()}", every=2)),
+                 checkpoint=Checkpoint(learn.path / f"checkpoints{time.monotonic_ns()}", every=2)),
              save_best=lambda learn: learn.fit(2, 1e-3, cbs=SaveModelCallback()))
 LOOK = dict(lr_find=lambda learn: learn.lr_find(num_it=12, show_plot=False), validate=lambda learn: learn.validate(),
-get_preds=lambda learn: learn.get_preds(),
+            get_preds=lambda learn: learn.get_preds(),
             get_preds_with_loss=lambda learn: learn.get_preds(with_input=True, with_loss=True),
             predict=lambda learn: learn.predict(IMAGE), evaluate=lambda learn: learn.evaluate(),
             summary=lambda learn: learn.summary(), save=lambda learn: learn.save("weights"),
@@ -89,7 +89,7 @@ def quiet(learn, operation):
 def state(learn):
     "What an operation that looks must not change"
     return dict(weights=[p.detach().clone() for p in learn.model.state_dict().values()], opt=optimizer_state(learn.opt),
-    modes=[m.training for m in learn.model.modules()],
+                modes=[m.training for m in learn.model.modules()],
                 wants=[p.requires_grad for p in learn.model.parameters()], history=learn.history.to_dict("records"),
                 steps=len(learn.epoch_log.step_rows),
                 frozen=learn.model.frozen, recorder=[list(map(float, learn.recorder.lrs)), len(learn.recorder.values)],
@@ -239,7 +239,7 @@ def with_checkpoint(learn):
 
 
 OPERATIONS = {**TRAIN, **LOOK, "freeze": lambda learn: learn.freeze(), "unfreeze": lambda learn: learn.unfreeze(),
-"freeze_to": lambda learn: learn.freeze_to(random.randrange(3)),
+              "freeze_to": lambda learn: learn.freeze_to(random.randrange(3)),
               "load": lambda learn: learn.load("weights") if (learn.path / "models/weights.pth").exists() else None,
               "table": lambda learn: learn.groups_table(),
               "plot": lambda learn: learn.plot_history().clear(),

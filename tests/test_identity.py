@@ -27,62 +27,62 @@ EDITS = [
     ("a global of another type", "K = 1\ndef f(x): return x / K", "K = 1", "K = 1.0"),
     ("a helper", "def h(x): return x\ndef f(x): return h(x)", "return x\n", "return -x\n"),
     ("a helper's helper", "def g(x): return x\ndef h(x): return g(x)\ndef f(x): return h(x)", "return x\n",
-    "return x + 1\n"),
+     "return x + 1\n"),
     ("functions that call each other", "def h(x, n): return x if n else f(x, 1)\ndef f(x, n=0): return h(x, n)",
-    "x if n", "-x if n"),
+     "x if n", "-x if n"),
     ("a class attribute", "class T:\n    k = 1\n    def go(self, x): return x * self.k\ndef f(x): return T().go(x)",
-    "k = 1", "k = 3"),
+     "k = 1", "k = 3"),
     ("an inherited attribute", "class A:\n    k = 1\nclass T(A):\n    def go(self, x): return x * self.k\ndef f(x): "
                                "return T().go(x)", "k = 1", "k = 3"),
     ("a property", "class T:\n    @property\n    def k(self): return 1\ndef f(x): return x * T().k", "return 1",
-    "return 2"),
+     "return 2"),
     ("a cached property", "from functools import cached_property\nclass T:\n    @cached_property\n    def k(self): "
                           "return 1\ndef f(x): return x * T().k", "return 1", "return 2"),
     ("a static method", "class T:\n    @staticmethod\n    def k(): return 1\ndef f(x): return x * T.k()", "return 1",
-    "return 2"),
+     "return 2"),
     ("a class method", "class T:\n    @classmethod\n    def k(cls): return 1\ndef f(x): return x * T.k()", "return 1",
-    "return 2"),
+     "return 2"),
     ("a metaclass", "class M(type):\n    def __call__(cls, x): return x\nclass T(metaclass=M): pass\ndef f(x): return "
                     "T(x)", "return x\n", "return -x\n"),
     ("a special method", "class T:\n    def __mul__(self, x): return x\ndef f(x): return T() * x", "return x\n",
-    "return -x\n"),
+     "return -x\n"),
     ("an object's attribute", "class T: pass\nt = T()\nt.k = 1\ndef f(x): return x * t.k", "t.k = 1", "t.k = 2"),
     ("a slot", "class T: __slots__ = 'k',\nt = T()\nt.k = 1\ndef f(x): return x * t.k", "t.k = 1", "t.k = 2"),
     ("a dataclass", "from dataclasses import dataclass\n@dataclass\nclass C:\n    k: int = 1\nC0 = C()\ndef f(x): "
                     "return x * C0.k", "int = 1", "int = 2"),
     ("a named tuple", "from collections import namedtuple\nC = namedtuple('C', 'k')(1)\ndef f(x): return x * C.k",
-    "(1)", "(2)"),
+     "(1)", "(2)"),
     ("an enumeration", "from enum import Enum\nclass E(Enum):\n    A = 1\ndef f(x): return x * E.A.value", "A = 1",
-    "A = 2"),
+     "A = 2"),
     ("a dictionary in a list", "S = [dict(k=1)]\ndef f(x): return x * S[0]['k']", "k=1", "k=2"),
     ("the order of a dictionary", "S = dict(a=1, b=2)\ndef f(x): return list(S)", "a=1, b=2", "b=2, a=1"),
     ("a set", "S = {'a', 'b', 'c'}\ndef f(x): return x in S", "'c'", "'d'"),
     ("an array", "import numpy as np\nW = np.arange(9)\ndef f(x): return x @ W", "arange(9)", "arange(9)[::-1]"),
     ("a tensor", "import torch\nW = torch.ones(2)\ndef f(x): return x @ W", "torch.ones(2)", "torch.ones(2) * 2"),
     ("a table", "import pandas as pd\nW = pd.DataFrame(dict(a=[1, 2]))\ndef f(x): return W.a.sum()", "[1, 2]",
-    "[1, 3]"),
+     "[1, 3]"),
     ("a regular expression", "import re\nR = re.compile('a')\ndef f(x): return R.sub('', x)", "'a'", "'b'"),
     ("a default", "def h(x, k=1): return x * k\ndef f(x): return h(x)", "k=1", "k=2"),
     ("a keyword's default", "def h(x, *, k=1): return x * k\ndef f(x): return h(x)", "k=1", "k=2"),
     ("a closure", "def make(k):\n    def h(x): return x * k\n    return h\nh = make(1)\ndef f(x): return h(x)",
-    "make(1)", "make(2)"),
+     "make(1)", "make(2)"),
     ("a partial", "from functools import partial\ndef g(k, x): return k * x\nh = partial(g, 1)\ndef f(x): return h(x)",
-    "g, 1", "g, 2"),
+     "g, 1", "g, 2"),
     ("a bound method", "class T:\n    def __init__(self, k): self.k = k\n    def go(self, x): return x * self.k\nh = "
                        "T(1).go\ndef f(x): return h(x)", "T(1)", "T(2)"),
     ("a function's attribute", "def f(x): return x * f.k\nf.k = 1", "f.k = 1", "f.k = 2"),
     ("a cached helper", "from functools import lru_cache\n@lru_cache\ndef h(x): return x\ndef f(x): return h(x)",
-    "return x\n", "return -x\n"),
+     "return x\n", "return -x\n"),
     ("a wrapped helper", "import functools\ndef d(g):\n    @functools.wraps(g)\n    def w(x): return g(x)\n    return "
                          "w\n@d\ndef h(x): return x\ndef f(x): return h(x)", "def h(x): return x",
                          "def h(x): return -x"),
     ("a wrapper", "import functools\ndef d(g):\n    @functools.wraps(g)\n    def w(x): return g(x)\n    return "
                   "w\n@d\ndef h(x): return x\ndef f(x): return h(x)", "return g(x)", "return -g(x)"),
     ("a helper without gradients", "import torch\n@torch.no_grad()\ndef h(x): return x\ndef f(x): return h(x)",
-    "return x\n", "return -x\n"),
+     "return x\n", "return -x\n"),
     ("a lambda in a list", "S = [lambda x: x, lambda x: x + 1]\ndef f(x): return S[1](x)", "x + 1", "x + 2"),
     ("a helper in a comprehension", "def h(x): return x\ndef f(x): return [h(y) for y in x]", "return x\n",
-    "return -x\n"),
+     "return -x\n"),
     ("a helper in an inner function", "def h(x): return x\ndef f(x):\n    def g(): return (lambda: h(x))()\n    return "
                                       "g()", "return x\n", "return -x\n"),
     ("an annotation that chooses", "from fastai.vision.core import PILImage, TensorImage\nfrom fasttransform import "
@@ -93,7 +93,7 @@ EDITS = [
     ("a function as a transform", "from fasttransform import Transform\nK = 1\ndef h(x): return x * K\nf = "
                                   "Transform(h)", "K = 1", "K = 2"),
     ("a pipeline", "from fasttransform import Pipeline\nK = 1\ndef h(x): return x * K\nf = Pipeline([h])", "K = 1",
-    "K = 2"),
+     "K = 2"),
     ("a module's plain attribute", "from torch import nn\nclass N(nn.Module):\n    def __init__(self, k): "
                                    "super().__init__(); self.k = k\n    def forward(self, x): return x * self.k\nf = "
                                    "nn.Sequential(N(1))", "N(1)", "N(2)"),
@@ -103,7 +103,7 @@ EDITS = [
                                     "def forward(self, x): return x.relu()\nf = torch.fx.symbolic_trace(N())", "relu",
                                     "tanh"),
     ("a state of random numbers", "import random\nR = random.Random(1)\ndef f(x): return R.random()", "Random(1)",
-    "Random(2)"),
+     "Random(2)"),
 ]
 
 
@@ -137,7 +137,7 @@ def test_the_same_in_another_process(tmp_path):
             print(identity(module.f))
     """))
     found = [subprocess.run([sys.executable, "-W", "ignore", script, name], env=os.environ | {"PYTHONHASHSEED": seed},
-    capture_output=True, text=True, check=True).stdout.split()
+                            capture_output=True, text=True, check=True).stdout.split()
              for name, seed in (("a", "1"), ("b", "2"))]
     assert found[0] == found[1] and len(found[0]) == len(EDITS)
 
@@ -224,7 +224,7 @@ def test_whose_code_a_transform_is():
         def encodes(self, x): return x
     class Subclass(Resize): pass
     assert [is_fastai_transform(o) for o in (Resize(8), *aug_transforms(), Mine(), Transform(mine),
-    Transform(mine, split_idx=0), Subclass(8), mine, Transform(lambda x: x))] == \
+        Transform(mine, split_idx=0), Subclass(8), mine, Transform(lambda x: x))] == \
         [True] * (1 + len(aug_transforms())) + [False] * 6
 
 

@@ -324,11 +324,11 @@ def test_file_names_that_are_not_utf8(tmp_path, raw):
 
 
 @pytest.mark.parametrize("frame", [lambda f: pd.DataFrame(dict(path=f,
-label=pd.array([1, 2] * 5 + [None] * 2, dtype="Int64"))),
+    label=pd.array([1, 2] * 5 + [None] * 2, dtype="Int64"))),
                                    lambda f: pd.DataFrame(dict(path=f,
-                                   label=pd.array(["x", "y"] * 5 + [None] * 2, dtype="string"))),
+                                       label=pd.array(["x", "y"] * 5 + [None] * 2, dtype="string"))),
                                    lambda f: pd.DataFrame(dict(path=f,
-                                   label=pd.array([True, False] * 5 + [None] * 2, dtype="boolean")))],
+                                       label=pd.array([True, False] * 5 + [None] * 2, dtype="boolean")))],
                                    ids=["Int64", "string", "boolean"])
 def test_missing_labels_of_any_type(tmp_path, frame):
     with pytest.raises(DataError, match="2 of 12 images have no label"):

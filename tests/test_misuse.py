@@ -114,7 +114,7 @@ def test_a_training_without_validation_is_kept(tmp_path):
 
 
 WRONG = {"n_cycles": lambda l: l.fit_sgdr(0, 1), "div=0": lambda l: l.fit_one_cycle(1, 1e-3, div=0),
-"moms=": lambda l: l.fit_one_cycle(1, 1e-3, moms=.9), "num_it": lambda l: l.lr_find(num_it=10.5),
+         "moms=": lambda l: l.fit_one_cycle(1, 1e-3, moms=.9), "num_it": lambda l: l.lr_find(num_it=10.5),
          "patience": lambda l: EarlyStopping(patience="a"), "names no folder": lambda l: l.fit(1, 1e-3, checkpoint=""),
          "learning rate": lambda l: l.fit(1, True)}
 
@@ -155,7 +155,7 @@ def test_a_lookahead_optimizer_is_put_back(dls):
     quiet(learn, lambda: learn.lr_find(num_it=10))
     assert learn.opt.count == count and all(map(torch.equal, slow,
                                                 [p for g in learn.opt.slow_weights
-                                                for p in g])) and not plt.get_fignums()
+                                                 for p in g])) and not plt.get_fignums()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])

@@ -26,7 +26,7 @@ def image(i): return torch.rand(3, 16, 16, generator=torch.Generator().manual_se
 
 
 INPUTS = dict(image=lambda i: image(i), pair=lambda i: fastuple(image(i), image(i + 1)),
-row=lambda i: image(i).flatten()[:6],
+              row=lambda i: image(i).flatten()[:6],
               named=lambda i: dict(a=image(i), b=image(i + 1)))
 TARGETS = dict(one=(1, lambda i: (i % 3,)), two=(2, lambda i: (i % 3, (i + 1) % 3)),
                named=(1, lambda i: (dict(a=i % 3, b=i % 2),)))
@@ -119,7 +119,7 @@ def test_measuring_leaves_statistics_gradients_and_random_numbers():
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "\0" * 9, pytest.param("[" * 99_999, id="deep"),
                                   *(f'{{"KEY": {v}}}' for v in ("5", "[]", '["fp64", true]', '["fp32"]', '["fp32", 1]',
-                                  "null", '[["fp32"], true]'))])
+                                                                "null", '[["fp32"], true]'))])
 def test_a_damaged_list_of_choices_is_ignored(tmp_path, monkeypatch, text):
     from ftlib.models.precision import _load_choices
     monkeypatch.setenv("FTLIB_CACHE", str(tmp_path))

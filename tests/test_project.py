@@ -122,7 +122,7 @@ def test_of_fastais_names_only_those_meant_are_replaced(root):
                    "print(sorted(n for n in ftlib.__all__ if getattr(theirs, n, ftlib) not in (ftlib, getattr(ftlib, "
                    "n))))", root)
     ours = ['CSVLogger', 'Learner', 'Recorder', 'ReduceLROnPlateau', 'SaveModelCallback', 'load_learner',
-    'unet_learner',
+            'unet_learner',
             'vision_learner']
     assert shown == str(ours)
 

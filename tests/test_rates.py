@@ -39,7 +39,7 @@ class Call(Callback):
 def learner(**kwargs):
     torch.manual_seed(0)
     return Learner(DataLoaders(Batches(), Batches()), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)),
-    loss_func=torch.nn.MSELoss(),
+                   loss_func=torch.nn.MSELoss(),
                    **dict(splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())]) | kwargs)
 
 
@@ -62,7 +62,7 @@ SCHEDULES = dict(none=None, linear='linear', step='step', own=lambda epoch, n: 1
 
 @settings(max_examples=25, deadline=None)
 @given(schedule=st.sampled_from(sorted(SCHEDULES)), patience=st.integers(1, 3), divide=st.floats(1.5, 20),
-at=st.integers(0, 4), share=st.floats(.01, .9),
+       at=st.integers(0, 4), share=st.floats(.01, .9),
        raw=st.booleans(), opt_func=st.sampled_from([Adam, SGD, torch.optim.AdamW, torch.optim.SGD]))
 def test_factors_multiply(schedule, patience, divide, at, share, raw, opt_func):
     "Whatever the schedule is and whichever callback comes first"
@@ -80,7 +80,7 @@ def test_factors_multiply(schedule, patience, divide, at, share, raw, opt_func):
 
 @settings(max_examples=25, deadline=None)
 @given(event=st.sampled_from(['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'before_step',
-'after_step', 'after_batch', 'after_epoch']),
+                              'after_step', 'after_batch', 'after_epoch']),
        order=st.sampled_from([-5, 0, 59, 61, 64, 100]), how=st.sampled_from(['set_hyper', 'item', 'slice', 'multiply']),
        scheduled=st.booleans(),
        opt_func=st.sampled_from([Adam, SGD, torch.optim.AdamW]))
@@ -98,8 +98,8 @@ def test_what_a_users_callback_writes_counts_as_in_fastai(event, order, how, sch
     def run(cls):
         torch.manual_seed(0)
         learn = cls(DataLoaders(Batches(), Batches()), torch.nn.Sequential(torch.nn.Linear(4, 4),
-        torch.nn.Linear(4, 1)), loss_func=torch.nn.MSELoss(),
-        opt_func=opt_func if opt_func is not torch.optim.AdamW else partial(_wrapped, opt=opt_func),
+            torch.nn.Linear(4, 1)), loss_func=torch.nn.MSELoss(),
+                    opt_func=opt_func if opt_func is not torch.optim.AdamW else partial(_wrapped, opt=opt_func),
                     splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())])
         return fitted(learn, 3, slice(1e-3, 1e-2), how='fit_one_cycle' if scheduled else 'fit',
                       cbs=[Call(event, write, order)])
@@ -156,7 +156,7 @@ def test_a_cooldown_replaces_the_schedule_and_other_factors_still_apply():
         learn, stop = learner(), EarlyStopping(min_delta=.5, patience=2, cooldown=3)
         cbs = [stop, RecoverFromNaN(lr_divisor=5, check_every=1),
                Call('after_batch', lambda cb: setattr(cb.learn, 'loss', cb.learn.loss * float('nan')) if lost
-               and cb.training and cb.epoch == 4 and cb.iter == 0 else None)]
+                    and cb.training and cb.epoch == 4 and cb.iter == 0 else None)]
         used = fitted(learn, 12, [1e-3, 1e-2], how='fit', schedule='step', cbs=cbs)
         first = 3 * (stop.stopped_at + 1)
         cosine = (1 + np.cos(np.pi * np.arange(9) / 9)) / 2

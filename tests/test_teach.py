@@ -46,7 +46,7 @@ def by_formula_standardised(s, t, y, T):
 
 
 @pytest.mark.parametrize(("loss", "formula"), [(kd, by_formula_kd), (dkd, by_formula_dkd),
-(partial(dkd, target=.5, others=2.), partial(by_formula_dkd, target=.5, others=2.)),
+    (partial(dkd, target=.5, others=2.), partial(by_formula_dkd, target=.5, others=2.)),
                                                (standardised_kd, by_formula_standardised)],
                                                ids=["kd", "dkd", "dkd weighted", "standardised"])
 @CASES

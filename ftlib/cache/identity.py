@@ -57,7 +57,7 @@ def identity(
 
 # %% ../../nbs/30_cache.identity.ipynb #f290fba4
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range, slice, torch.dtype,
-torch.device, torch.Size,
+          torch.device, torch.Size,
           torch.layout, torch.memory_format}
 _MOST = 2_000_000  # Objects; larger object graphs would take too long
 # By these an attribute of a module may be used that no code names
@@ -286,9 +286,9 @@ _KINDS = [
     (types.FunctionType, _Walk.function), (plum.Function, _Walk.dispatched), (types.MethodType, _Walk.method),
     (types.ModuleType, _Walk.module),
     ((types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType),
-    _Walk.builtin),
+     _Walk.builtin),
     ((types.GenericAlias, types.UnionType), lambda w, o: w.see_all('alias',
-    [getattr(o, '__origin__', None), o.__args__])),
+                                                                   [getattr(o, '__origin__', None), o.__args__])),
     (type, _Walk.cls),
     ((staticmethod, classmethod), lambda w, o: w.see_all(type(o).__name__, [o.__func__])),
     (property, lambda w, o: w.see_all('property', [o.fget, o.fset, o.fdel])),
@@ -303,5 +303,5 @@ _KINDS = [
     ((list, deque, L, tuple), _Walk.list), ((dict, types.MappingProxyType), _Walk.dict), ((set, frozenset), _Walk.set),
     ((int, float, complex, str, bytes, bytearray), _Walk.scalar),
     (object, lambda w, o: w.image(o) if hasattr(o, 'getpixel') and hasattr(o, 'tobytes')
-    else w.see_all('cached', [o.__wrapped__]) if hasattr(o, 'cache_parameters') else w.instance(o)),
+     else w.see_all('cached', [o.__wrapped__]) if hasattr(o, 'cache_parameters') else w.instance(o)),
 ]

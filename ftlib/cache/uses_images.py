@@ -18,7 +18,7 @@ from ..system.libraries import is_library_class
 # `uses_images` of fastai's callbacks
 FASTAI_USES_IMAGES = {
     **dict.fromkeys([TrainEvalCallback, CastToTensor, Recorder, SkipToEpoch, progress.ProgressCallback,
-    progress.ShowGraphCallback, progress.CSVLogger,
+                     progress.ShowGraphCallback, progress.CSVLogger,
                      schedule.ParamScheduler, tracker.TerminateOnNaNCallback, tracker.TrackerCallback,
                      tracker.EarlyStoppingCallback, tracker.SaveModelCallback,
                      tracker.ReduceLROnPlateau, fp16.MixedPrecision, training.ShortEpochCallback,

@@ -219,7 +219,7 @@ def cv(args):
     from ftlib.experiment.crossval import cross_validate
     from ftlib.experiment.recipes import trainer
     found = cross_validate(trainer(args.recipe, epochs=args.epochs, **_arch(args)), args.folder, args.k, seed=args.seed,
-    folder=args.out / "runs", keep=False,
+                           folder=args.out / "runs", keep=False,
                            size=args.size, bs=args.bs)
     print(f"\n{found}\n\n{found.report}")
     write_csv(found.out_of_fold, args.out / "out_of_fold.csv")

@@ -251,7 +251,7 @@ def _is_bad_input(error):
     absent = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ftlib")
     # Unreadable input files raise ftlib's own errors: these are for folders that cannot be written.
     return ours or absent or isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError,
-    IsADirectoryError,
+                                                IsADirectoryError,
                                                 PermissionError))
 
 # %% ../../nbs/99c_cli.parser.ipynb #7a015079

@@ -108,7 +108,7 @@ def _smaller(im, size):
     if k < 2: return im
     return im.reduce(k) if im.mode in ("L", "RGB", "RGBA", "LA", "CMYK",
                                        "YCbCr") else im.resize((im.width // k, im.height // k),
-                                       Image.Resampling.NEAREST)
+                                                               Image.Resampling.NEAREST)
 
 # %% ../../nbs/10_data.decode.ipynb #bbe3e3e5
 def _rgb(im, size=None, own=False):

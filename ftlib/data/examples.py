@@ -67,19 +67,19 @@ def _cifar(root, target, n_train=5000, n_valid=1000):
 # %% ../../nbs/18_data.examples.ipynb #24d473c9
 EXAMPLES = dict(
     ants_bees=Example('https://download.pytorch.org/tutorial/hymenoptera_data.zip',
-    'fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209', 47,
+                      'fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209', 47,
                       '397 photographs of ants and bees, from the transfer-learning tutorial of PyTorch',
                       'hymenoptera_data', 'ants_bees'),
     flowers=Example('https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz',
-    '4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c', 229,
+                    '4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c', 229,
                     '3,670 photographs of five kinds of flowers, by the TensorFlow team (CC BY)', 'flower_photos',
                     'flowers5', _flowers),
     pets=Example('https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz',
-    '67195c5e1c01f1ab5f9b6a5d22b8c27a580d896ece458917e61d459337fa318d', 792,
+                 '67195c5e1c01f1ab5f9b6a5d22b8c27a580d896ece458917e61d459337fa318d', 792,
                  '600 photographs of two breeds of cats and one of dogs, from the Oxford-IIIT Pet dataset (CC BY-SA)',
                  'images', 'pets3', _pets),
     cifar10=Example('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
-    'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd', 170,
+                    'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd', 170,
                     '6,000 images of CIFAR-10, 32 pixels, ten classes', 'cifar-10-batches-bin', 'cifar10_small',
                     _cifar))
 

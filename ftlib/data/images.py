@@ -241,7 +241,7 @@ valid:float=.2,            # Fraction of each class for validation; a split of t
 # %% ../../nbs/16_data.images.ipynb #d0d2c40c
 # What other libraries call the arguments of `image_data`
 _ALSO_CALLED = dict(valid_pct="valid", valid_size="valid", val_pct="valid", validation_split="valid", test_pct="test",
-test_size="test", test_split="test", batch_size="bs", img_size="size",
+                    test_size="test", test_split="test", batch_size="bs", img_size="size",
                     image_size="size", item_tfms="augment", batch_tfms="augment", aug_transforms="augment",
                     random_state="seed", random_seed="seed", workers="num_workers", valid_col="split",
                     fn_col="path", x_col="path", label_col="label", y_col="label", vocab="names", classes="names",
@@ -300,5 +300,5 @@ def _loaders(table, vocab, size, seed, bs, augment, balance, num_workers, device
             Datasets(tls=lists), bs=min(bs, len(parts[0])), shuffle=i == 0, drop_last=i == 0, seed=seed + i,
             num_workers=num_workers, weights=weights if i == 0 else None, device=device, decoded=decoded,
             after_item=views, after_batch=[IntToFloatTensor(),
-            *(f for f in batch if i == 0 or isinstance(f, Normalize))]))
+                                           *(f for f in batch if i == 0 or isinstance(f, Normalize))]))
     return ImageData(*made, path=path, device=device)

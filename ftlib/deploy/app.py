@@ -158,7 +158,7 @@ def _many(gr, shipped, limits, once):
                                          'error']].astype(object).fillna('').values.tolist(),
                                          headers=['class', 'probability', 'image', 'problem'],
                                          visible=True), gr.DownloadButton('Download as CSV', value=str(place),
-                                         visible=True)
+                                                                          visible=True)
     start.click(answer, files, [said, table, csv], **once)
 
 # %% ../../nbs/92f_deploy.app.ipynb #cf6a88d1
@@ -178,7 +178,7 @@ def mount_page(
     gr, blocks = _gradio(), classifier_page(model, limits)
     blocks.has_launched = True  # else gradio copies any file that a request names to where it stores uploads
     return gr.mount_gradio_app(app, blocks, path='/', max_file_size=limits.request_bytes, show_error=False,
-    allowed_paths=[],
+                               allowed_paths=[],
                                footer_links=[], enable_monitoring=False, ssr_mode=False, css=_STYLE, theme=_theme(gr))
 
 # %% ../../nbs/92f_deploy.app.ipynb #5ee9bb5f

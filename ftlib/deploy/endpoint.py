@@ -92,15 +92,15 @@ def as_json(
         top = [{'class': c, 'probability': p} for c, p in pairs(row) if isinstance(p, float) and math.isfinite(p)]
         error = row['error'] if isinstance(row['error'], str) else None
         found.append({'name': row['path'], 'class': None if error else row['class'],
-        'probability': top[0]['probability'] if top else None,
+                      'probability': top[0]['probability'] if top else None,
                       'unsure': bool(row['unsure']), 'top': top, 'error': error})
     return found
 
 # %% ../../nbs/92e_deploy.endpoint.ipynb #347c5de4
 _BODY = {'requestBody': {'required': True, 'content': {
     'multipart/form-data': {'schema': {'type': 'object',
-    'properties': {'files': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'},
-    'description': 'Images, or zip files of images'}}}},
+        'properties': {'files': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'},
+                                 'description': 'Images, or zip files of images'}}}},
     **{kind: {'schema': {'type': 'string', 'format': 'binary'}} for kind in ('image/*', 'application/zip')}}}}
 
 # %% ../../nbs/92e_deploy.endpoint.ipynb #f054fac9

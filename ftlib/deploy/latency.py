@@ -53,7 +53,7 @@ def _openvino(file):
     import openvino
     net = openvino.Core().compile_model(str(file), 'CPU',
                                         {'INFERENCE_PRECISION_HINT': 'f32',
-                                        'INFERENCE_NUM_THREADS': torch.get_num_threads()})
+                                         'INFERENCE_NUM_THREADS': torch.get_num_threads()})
     return lambda x: net(x)[0]
 
 # %% ../../nbs/92b_deploy.latency.ipynb #20b5b5f1
@@ -77,7 +77,7 @@ def benchmark(
             sizes |= {precision: file.stat().st_size for precision, file in files.items()}
         rows = [row | {'MB': sizes[row['precision']] / 1e6} for n in batches
                 for row in _timed(ways, rng.integers(0, 256, (n, 3, *[shipped.prepare.size] * 2), dtype=np.uint8),
-                repeats)]
+                                  repeats)]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/92b_deploy.latency.ipynb #d3ba03fe

@@ -216,7 +216,7 @@ def quantise_onnx(
     try:
         quant_pre_process(str(path), f'{out}.pre', skip_symbolic_shape=True)
         quantize_static(f'{out}.pre', str(out), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
-        op_types_to_quantize=['Conv', 'Gemm'],
+                        op_types_to_quantize=['Conv', 'Gemm'],
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
     except Exception as e:
         raise DeployError(f'onnxruntime cannot quantise this network: {type(e).__name__}: {str(e)[:300]}') from e

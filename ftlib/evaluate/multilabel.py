@@ -67,7 +67,7 @@ class MultiLabel:
         rows['ECE'] = dict(value=expected_calibration_error(self.calibration))
         return pd.DataFrame.from_dict(rows, orient='index',
                                       columns=['value', 'low', 'high', 'right', 'total']).astype({'right': 'Int64',
-                                      'total': 'Int64'})
+                                                                                                  'total': 'Int64'})
 
     def _f1(self):
         "Macro and micro F1, with intervals from their derivatives by the image counts"

@@ -188,7 +188,7 @@ def page(
     errors = report.errors.head(worst) if worst else report.errors.head(0)
     if len(errors) and report.items is not None:
         captions = [[f'{r["label"]}, predicted {r["prediction"]}' if 'truth' not in r
-        else f'{r["label"]}: {r["truth"]}, predicted {r["prediction"]}',
+                     else f'{r["label"]}: {r["truth"]}, predicted {r["prediction"]}',
                      f'probability {r["probability"]:.0%} · {report.name_of(i)}'] for i,
                      r in zip(errors.index, errors.to_dict('records'))]
         parts.append(f'<h2>The worst errors</h2><p class=dim>{len(errors)} of {len(report.errors):,}, highest loss '

@@ -79,7 +79,7 @@ def plot_calibration(
            label='share of the predictions')
     ax.plot([0, 1], [0, 1], ':', color=_GREY)
     ax.errorbar(calibration['probability'], calibration['right'],
-    [calibration['right'] - calibration['right low'], calibration['right high'] - calibration['right']],
+                [calibration['right'] - calibration['right low'], calibration['right high'] - calibration['right']],
                 fmt='o', ms=4, lw=1, color=_BLUE, label=f'expected calibration error '
                                                         f'{expected_calibration_error(calibration):.3f}')
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel='probability', ylabel='accuracy')

@@ -257,9 +257,9 @@ def resolve_dl(
                                 "evaluate(folder).")
         return None, 'valid'
     if isinstance(on, str) and on == 'train':
-        return learn.dls.valid.new(learn.dls.train.dataset, shuffle=False, drop_last=False) if not isinstance(learn.dls,
-        ImageData) else \
-            learn.dls.test_dl(list(learn.dls.train_ds.items), with_labels=True), 'train'
+        if isinstance(learn.dls, ImageData):
+            return learn.dls.test_dl(list(learn.dls.train_ds.items), with_labels=True), 'train'
+        return learn.dls.valid.new(learn.dls.train.dataset, shuffle=False, drop_last=False), 'train'
     if isinstance(on, str) and on == 'test':
         if not hasattr(learn.dls, 'held_out'):
             raise EvaluateError("'test' needs data with a test set, image_data(..., test=.1): pass a data loader "

@@ -115,7 +115,7 @@ class SingleLabel:
         rows['ECE'] = dict(value=expected_calibration_error(self.calibration))
         return pd.DataFrame.from_dict(rows, orient='index',
                                       columns=['value', 'low', 'high', 'right', 'total']).astype({'right': 'Int64',
-                                      'total': 'Int64'})
+                                                                                                  'total': 'Int64'})
 
     def _share(self, right, total):
         low, high = wilson(right, total, self.confidence)
@@ -163,7 +163,7 @@ def reliability(
     n = np.bincount(at, minlength=bins)
     some, k = n > 0, np.bincount(at, right, bins)
     table = pd.DataFrame({'from': np.arange(bins)[some] / bins, 'to': (np.arange(bins)[some] + 1) / bins,
-    'images': n[some],
+                          'images': n[some],
                           'probability': np.bincount(at, confidence, bins)[some] / n[some], 'right': k[some] / n[some]})
     table['right low'], table['right high'] = wilson(k[some], n[some], level)
     return table

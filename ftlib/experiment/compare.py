@@ -39,7 +39,7 @@ class Comparison:
             mid = {k: np.median([r[k] for r in runs]) for k in ('seconds', 'bytes', 'parameters', 'trainable', 'epochs',
                 'best_epoch', 'images_per_second')}
             rows[name] = {'seeds': len(runs), 'accuracy': mean, 'low': low, 'high': high, 'seconds': mid['seconds'],
-            'peak MB': mid['bytes'] / 1e6,
+                          'peak MB': mid['bytes'] / 1e6,
                           'parameters': int(mid['parameters']), 'trainable': int(mid['trainable']),
                           'epochs': int(mid['epochs']), 'best epoch': int(mid['best_epoch']),
                           'images/s': mid['images_per_second']}

@@ -62,7 +62,7 @@ def gradual_unfreezing(learn, epochs):
 # %% ../../nbs/96_experiment.recipes.ipynb #dd08fb4e
 # {name: function of a learner and a number of epochs}
 RECIPES = {'scratch': from_scratch, 'feature extractor': feature_extractor, 'fine-tune': head_then_all,
-'gradual unfreezing': gradual_unfreezing,
+           'gradual unfreezing': gradual_unfreezing,
            'all at once': all_at_once}
 
 # %% ../../nbs/96_experiment.recipes.ipynb #f1de4837
@@ -124,5 +124,5 @@ def distillation(
     def as_it_is(seed): return teacher
     ways = {name: partial(trainer(recipe, arch, weights, epochs, **kwargs | dict(cbs=cbs)), dls) for name, cbs in
             (('student alone', kwargs.get('cbs')), ('student distilled',
-            [*L(kwargs.get('cbs')), Distill(teacher, T, alpha, loss)]))}
+                                                    [*L(kwargs.get('cbs')), Distill(teacher, T, alpha, loss)]))}
     return {'teacher': as_it_is} | ways

@@ -84,7 +84,7 @@ def execute_run(
     files = [str(getattr(o, 'source', o)) for o in report.items or []]
     parameters = list(learn.model.parameters())
     return dict(seconds=seconds, bytes=memory.bytes, parameters=sum(p.numel() for p in parameters),
-    trainable=sum(p.numel() for p in parameters if p.requires_grad),
+                trainable=sum(p.numel() for p in parameters if p.requires_grad),
                 epochs=len(history), best_epoch=_best(learn, history), images_per_second=images_per_second(learn),
                 history=history.to_dict('list'),
                 probs=report.probs.astype(np.float32), targets=np.asarray(report.targets), classes=list(report.classes),

@@ -48,7 +48,7 @@ class TorchOptimizer(OptimWrapper):
         groups = [g for i, stage in enumerate(self.stages) for g in self._decay_groups(i, stage, no_decay_ids)]
         super().__init__(groups, opt, **kwargs)
         self.main_groups = [next(i for i, g in enumerate(self.opt.param_groups) if g['stage'] == s
-        and not g['no_decay'])
+                                 and not g['no_decay'])
                       for s in range(len(self.stages))]
 
     def _decay_groups(self, i, stage, no_decay_ids):

@@ -29,7 +29,7 @@ def _above_half(p): return p > .5
 _SOFTMAX, _LOG, _SIGMOID, _EACH = (_softmax, _argmax), (torch.exp, _argmax), (torch.sigmoid, _above_half), (noops,
     _above_half)
 _TORCH = {'cross_entropy': _SOFTMAX, 'nll_loss': _LOG, 'binary_cross_entropy_with_logits': _SIGMOID,
-'binary_cross_entropy': _EACH,
+          'binary_cross_entropy': _EACH,
           'multilabel_soft_margin_loss': _SIGMOID}
 _FUNCTIONS = {getattr(F, name): known for name, known in _TORCH.items()}
 _MODULES = {nn.CrossEntropyLoss: _SOFTMAX, nn.NLLLoss: _LOG, nn.BCEWithLogitsLoss: _SIGMOID, nn.BCELoss: _EACH,

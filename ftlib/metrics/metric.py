@@ -194,10 +194,10 @@ def _declared():
     import sklearn.metrics as sk
     found = {func: scorer._sign > 0 for func, scorer in _scorers().items()}
     found |= dict.fromkeys([sk.cohen_kappa_score, sk.fbeta_score, fm.accuracy, fm.top_k_accuracy, fm.accuracy_multi,
-    fm.foreground_acc, fm.Dice, fm.DiceMulti,
+                            fm.foreground_acc, fm.Dice, fm.DiceMulti,
                             fm.JaccardCoeff, fm.JaccardCoeffMulti, fm.CorpusBLEUMetric], True)
     found |= dict.fromkeys([sk.hamming_loss, sk.zero_one_loss, sk.hinge_loss, fm.error_rate, fm.mse, fm.mae, fm.msle,
-    fm.rmse.func, fm.exp_rmspe.func,
+                            fm.rmse.func, fm.exp_rmspe.func,
                             fm.Perplexity, fm.LossMetric], False)
     # a new function at each call, but with the same qualified name
     return found | {f'{f.__name__}.<locals>.{inner}': True for f,

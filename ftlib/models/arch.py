@@ -82,8 +82,8 @@ class Arch:
 
     def build(self, n_in=3, pretrained=None, **kwargs):
         """Build the network without its classifier, for images of `n_in` channels. `pretrained`: the torchvision
-        weights that will
-        be loaded into it, or True for timm's own. Sets mean, std and size. More arguments are passed to the builder."""
+        weights that will be loaded into it, or True for timm's own. Sets mean, std and size. More arguments are passed
+        to the builder."""
         build = {'torchvision': self._torchvision, 'timm': self._timm}.get(self.source, self._given)
         try: net = build(n_in, pretrained, **kwargs).eval()
         except TypeError as e:

@@ -91,8 +91,7 @@ def _pools(layer):
 # %% ../../nbs/20_models.network.ipynb #ae5f1b6b
 class Network(nn.Sequential):
     """A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai: where the body hands on a map,
-    the head begins with the pool,
-    which counts as the last of the `stages`."""
+    the head begins with the pool, which counts as the last of the `stages`."""
     bn = 'moving'  # Batch-norm statistics of stages that train: 'moving', or 'still' as they were loaded
     # By which of ftlib's builders, with which arguments, as JSON has them; None where it can't be built again from
     # these

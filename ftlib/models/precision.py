@@ -75,8 +75,7 @@ def measure(
 ) -> pd.DataFrame:     # One row per policy: milliseconds per step, root mean square of the outputs, its relative
     # difference from single precision
     """Time forward and backward passes, without the loss function; policies that the network does not support are left
-    out.
-    Weights, statistics and gradients are restored."""
+    out. Weights, statistics and gradients are restored."""
     rows, kept = [], {n: b.detach().clone() for n, b in net.named_buffers()}
     for policy in policies or _policies(x.device):
         best = min((row['ms'] for row in rows), default=float('inf'))

@@ -37,8 +37,7 @@ def _inplace(net, node):
 # %% ../../nbs/22_models.stages.ipynb #41612b5c
 def _data_path(net, graph, found):
     """The nodes that depend on the input image, in order. The others (constants, and what is computed from plain
-    numbers
-    only) are recomputed by each stage that needs them."""
+    numbers only) are recomputed by each stage that needs them."""
     carries, order = {n for n in graph.nodes if n.op == 'placeholder'}, []
     for n in graph.nodes:
         ins = carries & set(n.all_input_nodes)

@@ -219,7 +219,7 @@ class Checkpoint:
         if not step: self._judge(learn, stem)
         policy = learn.precision_policy
         state = dict(version=_VERSION, about=self.about, epoch=epoch, step=step, end=end, before=self.before,
-        best=self.best, start=start,
+                     best=self.best, start=start,
                      precision_policy=None if policy is None else [policy.dtype, policy.channels_last],
                      microbatch_size=learn.microbatch_size, frozen_to=getattr(learn.opt, 'frozen_idx', 0),
                      learner={k: vars(learn)[k] for k in _OF_LEARNER if k in vars(learn)},

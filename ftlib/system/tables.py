@@ -19,9 +19,8 @@ def as_text(
     "Text with an apostrophe before it, where a spreadsheet would take it for a formula."
     if isinstance(value, Path): value = str(value)
     if not isinstance(value, str): return value
-    return f"'{value}" if value.lstrip()[:1] in ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d',
-                                                 '\uff20') and value.strip() or value[:1] in ('\t', '\r',
-                                                 '\n') else value
+    formula = value.lstrip()[:1] in ('=', '+', '-', '@', '\uff1d', '\uff0b', '\uff0d', '\uff20') and value.strip()
+    return f"'{value}" if formula or value[:1] in ('\t', '\r', '\n') else value
 
 # %% ../../nbs/03_system.tables.ipynb #b7f73bd8
 def as_objects(

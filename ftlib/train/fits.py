@@ -95,7 +95,7 @@ class FitLearner(StepLearner):
                   checkpoint, resume)
 
     def fit_sgdr(self, n_cycles, cycle_len, lr_max=None, cycle_mult=2, cbs=None, reset_opt=False, wd=None,
-    start_epoch=0,
+                 start_epoch=0,
                  checkpoint=None, resume=False):
         "Fit by cosine annealing with restarts, each cycle `cycle_mult` times as long (Loshchilov & Hutter 2017)."
         for name, n in (('n_cycles', n_cycles), ('cycle_len', cycle_len), ('cycle_mult', cycle_mult)):
@@ -269,7 +269,7 @@ class FitLearner(StepLearner):
         moms = [h.get('mom') for h in self.opt.hypers]
         restore, hooks = snapshot(*(o for o in learner_parts(self)
                                     if not isinstance(o,
-                                    (Recorder, EpochLog, BestWeights)))), hooks_snapshot(self.model)
+                                                      (Recorder, EpochLog, BestWeights)))), hooks_snapshot(self.model)
         try: yield
         except BaseException:
             restore()

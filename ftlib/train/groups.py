@@ -54,7 +54,7 @@ class FreezableLearner(FastaiLearner):
     ):
         if splitter is None: splitter = stage_splitter if isinstance(model, Network) else trainable_params
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter,
-        train_bn=train_bn,
+                         train_bn=train_bn,
                          default_cbs=default_cbs, **kwargs)
         if bn not in ('auto', 'moving', 'still'): raise TrainError(f"bn={bn!r}: give 'auto', 'moving' or 'still'.")
         self.bn = bn
@@ -172,6 +172,6 @@ class FreezableLearner(FastaiLearner):
         if self.opt is None: self.create_opt()
         groups, names = self.opt.param_lists, self.model.group_names() if self.grouped_by_stage() else None
         rows = [dict(parameters=sum(p.numel() for p in g), trainable=sum(p.numel() for p in g if p.requires_grad),
-        lr=h['lr'])
+                     lr=h['lr'])
                 for g, h in zip(groups, self.opt.hypers)]
         return pd.DataFrame(rows, index=names or [f'group {i}' for i in range(len(rows))])

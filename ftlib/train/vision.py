@@ -72,7 +72,7 @@ def vision_learner(
         _check_channels(net, dls)
         if normalize and _normalizes(dls): _move_normalization(net, dls, weights is not None)
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter, cbs=cbs,
-    metrics=metrics, path=path,
+                    metrics=metrics, path=path,
                     model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, bn=bn, moms=moms, cache=cache,
                     views=views, precision=precision,
                     seed=seed, compile=compile)
@@ -116,7 +116,7 @@ def unet_learner(
         net = create_unet_model(arch, n_out, dls.one_batch()[0].shape[-2:], pretrained=pretrained, weights=weights,
                                 n_in=n_in, **unet)
     learn = Learner(dls, net, loss_func=loss_func, opt_func=opt_func, lr=lr, splitter=splitter or meta['split'],
-    cbs=cbs, metrics=metrics, path=path,
+                    cbs=cbs, metrics=metrics, path=path,
                     model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms, seed=seed,
                     precision=precision, compile=compile)
     if pretrained: learn.freeze()
