@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from ftlib import *
 from ftlib.callbacks.trackers import MonitorCallback
+from ftlib.cli.options import command_of
 from ftlib.evaluate.report import FIGURES
 from ftlib.lr.schedule import schedules
 
@@ -71,10 +72,10 @@ def train_with_mine(args):
 
 
 def add(commands):
-    command = commands.add_parser("train-with-mine", help="trains with all that this package adds")
+    command = command_of(commands, "train-with-mine", train_with_mine, "Train with all that this package adds",
+                         "ftlib train-with-mine flowers")
     command.add_argument("folder")
     command.add_argument("--out")
-    command.set_defaults(run=train_with_mine, debug=False)
 '''
 
 
