@@ -28,6 +28,7 @@ from ftlib.cache.features import MixFeatures, cached_features, is_random, cached
 from ftlib.cache.session import on_features
 from ftlib.cache.store import FeatureStore
 from ftlib.cache.uses_images import uses_images
+from ftlib.errors import TrainError
 from ftlib.train.vision import vision_learner
 
 N = 24
@@ -279,6 +280,25 @@ def test_a_fit_on_features_is_the_fit_on_images(folder, frozen):
     for name in ("train_loss", "valid_loss"): np.testing.assert_allclose(kept[name], plain[name], rtol=2e-2, atol=2e-3)
     assert torch.allclose(preds, other, atol=2e-2)
     assert kept.fill_bytes[0] > 0 and (kept.fill_bytes[1:] == 0).all()
+
+
+def test_only_the_features_of_validation_images(folder, capsys):
+    "Training images are augmented anew in each epoch, frozen stages see a validation image once"
+    seen = dict(training=0, validation=0)
+    class Count(Callback):
+        uses_images = False
+        def before_batch(self):
+            images = self.x.shape[1] == 3
+            seen["training" if self.training else "validation"] += len(self.x) * images
+    (_, plain, preds), (learn, kept, other) = fitted(folder, False), fitted(folder, "valid", cbs=Count())
+    assert seen == dict(training=3 * 16, validation=0) and (kept.cached == 0).all() and learn.features is None
+    assert (plain.train_loss == kept.train_loss).all()
+    np.testing.assert_allclose(kept.valid_loss, plain.valid_loss, rtol=2e-2, atol=2e-3)
+    assert torch.allclose(preds, other, atol=2e-2) and not capsys.readouterr().out
+
+
+def test_an_unknown_cache_is_refused(folder):
+    with pytest.raises(TrainError, match="True, False or 'valid'"): fitted(folder, "train")
 
 
 def test_images_where_a_callback_wants_them(folder, capsys):

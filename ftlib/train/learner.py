@@ -87,6 +87,7 @@ class Learner(LearnerMethods, PredictLearner):
             self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, LearningRates, EpochLog,
                           BestWeights, CheckFiniteLoss])
         self.add_cbs(cbs)
+        if cache not in (True, False, 'valid'): raise TrainError(f"cache={cache!r}: give True, False or 'valid'.")
         self.cache, self.views, self.seed = cache, views, seed
         if compile: self.model.compile(**({} if compile is True else dict(backend=compile)))
         self.precision = precision
