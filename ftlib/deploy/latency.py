@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .onnx import _write, calibration_images, quantise_onnx
+from .onnx import calibration_images, draw_onnx, quantise_onnx
+from .openvino import compiled
 from .predict import as_predictor
 from ..errors import DeployError
 
@@ -32,12 +33,12 @@ def _torch_ways(shipped):
 def _file_ways(shipped, learn, folder, int8):
     "onnxruntime and OpenVINO, with a file in single precision and one of 8 bits"
     files = {'fp32': folder / 'net.onnx'}
-    _write(shipped, files['fp32'], 18)
+    draw_onnx(shipped, files['fp32'])
     if int8:
         files['int8'] = folder / 'net8.onnx'
         quantise_onnx(files['fp32'], files['int8'], calibration_images(learn, 32))
     return {(runtime, precision): load(file) for runtime,
-            load in (('onnxruntime', _onnxruntime), ('openvino', _openvino)) if find_spec(runtime) for precision,
+            load in (('onnxruntime', _onnxruntime), ('openvino', compiled)) if find_spec(runtime) for precision,
             file in files.items()}, files
 
 # %% ../../nbs/92b_deploy.latency.ipynb #d9ab2c73
@@ -47,14 +48,6 @@ def _onnxruntime(file):
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
     return lambda x: session.run(None, {'image': x})[0]
-
-# %% ../../nbs/92b_deploy.latency.ipynb #b062bd24
-def _openvino(file):
-    import openvino
-    net = openvino.Core().compile_model(str(file), 'CPU',
-                                        {'INFERENCE_PRECISION_HINT': 'f32',
-                                         'INFERENCE_NUM_THREADS': torch.get_num_threads()})
-    return lambda x: net(x)[0]
 
 # %% ../../nbs/92b_deploy.latency.ipynb #20b5b5f1
 def benchmark(

@@ -66,6 +66,11 @@ class LearnerMethods:
         from ftlib.deploy.onnx import write_onnx
         return write_onnx(self, path, **kwargs)
 
+    def export_openvino(self, path, **kwargs):
+        "Write the classifier for OpenVINO, compared with the learner (`ftlib.deploy.openvino.write_openvino`)."
+        from ftlib.deploy.openvino import write_openvino
+        return write_openvino(self, path, **kwargs)
+
     def benchmark(self, batches=(1, 32), repeats=10, int8=True):
         "Measure how long predictions take (`ftlib.deploy.latency.benchmark`)."
         from ftlib.deploy.latency import benchmark
