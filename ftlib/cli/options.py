@@ -67,8 +67,8 @@ def model_options(
     command,  # From `command_of`
 ):
     "Add the options of the network"
-    command.add_argument("--arch", default="resnet18", help="a name from 'ftlib models', or cnn: a small network "
-                         "trained from scratch")
+    command.add_argument("--arch", default="resnet18", help="a name from 'ftlib models'; auto: the best of some by a "
+                         "measurement of two minutes; cnn: a small network trained from scratch")
     command.add_argument("--weights", default="imagenet", metavar="PATH|imagenet|none",
                          help="a file of weights, the model's pretrained weights, or none")
 
@@ -105,7 +105,8 @@ def learner_for(
     dls = image_data(source, **data)
     print(dls.summary().to_string(), end="\n\n")
     if arch != "cnn": kwargs["weights"] = None if weights == "none" else weights
-    learn = vision_learner(dls, cnn(dls) if arch == "cnn" else arch, metrics=accuracy, **kwargs)
+    net = cnn(dls) if arch == "cnn" else None if arch == "auto" else arch
+    learn = vision_learner(dls, net, metrics=accuracy, **kwargs)
     # Convolutions on the CPU are up to twice as fast in this layout.
     learn.model.to(memory_format=torch.channels_last)
     return learn

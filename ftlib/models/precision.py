@@ -49,14 +49,13 @@ class PrecisionPolicy:
 
 # %% ../../nbs/28_models.precision.ipynb #ef775ec7
 def as_precision_policy(
-    precision,  # 'fp32', 'bf16' or an `PrecisionPolicy`
+    precision,  # 'fp32', 'bf16' or a `PrecisionPolicy`
 ) -> PrecisionPolicy:
     "The policy for a precision given by the user. Raises `PrecisionError`."
     if isinstance(precision, PrecisionPolicy): return precision
     if precision not in DTYPES:
-        raise PrecisionError(f"precision={precision!r}: use 'auto', 'fp32', 'bf16' or an `PrecisionPolicy`; for fp16 "
-                             f"on a GPU, "
-                             "`learn.to_fp16()`.")
+        raise PrecisionError(f"precision={precision!r}: use 'auto', 'fp32', 'bf16' or a `PrecisionPolicy`; for fp16 "
+                             f"on a GPU, `learn.to_fp16()`.")
     return PrecisionPolicy(precision, channels_last=True)
 
 # %% ../../nbs/28_models.precision.ipynb #08864e0c
@@ -154,7 +153,7 @@ def fastest(
 ) -> PrecisionPolicy:
     """The policy in `$FTLIB_PRECISION`, or the fastest one for this machine, network and size; measured if it is not
     stored yet."""
-    if (given := os.environ.get('FTLIB_PRECISION', 'auto')) != 'auto': return as_precision_policy(given)
+    if (given := os.environ.get('FTLIB_PRECISION') or 'auto') != 'auto': return as_precision_policy(given)
     what = [str(net), *(f'{n} {p.requires_grad}' for n, p in net.named_parameters())]
     key = digest(machine(), *what, str(tuple(x.shape[1:])), str(x.device.type))
     path, known = _load_choices()
@@ -169,7 +168,7 @@ def fastest(
 def prepare_for_inference(
     net,        # A network for inference; its memory format is converted
     x,          # A batch of images
-    precision,  # 'auto', 'fp32', 'bf16' or an `PrecisionPolicy`
+    precision,  # 'auto', 'fp32', 'bf16' or a `PrecisionPolicy`
 ) -> PrecisionPolicy:
     "Prepare a network for inference: convert its memory format and return the policy to compute with."
     policy = fastest(net, x[:8]) if precision == 'auto' else as_precision_policy(precision)

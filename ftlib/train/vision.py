@@ -25,13 +25,16 @@ from ..models.backbone import create_network
 from ..models.network import Network
 from ..errors import ArchError, TrainError
 from .learner import Learner
+from .methods import best_body
 from .step import largest_batch
 from ..persist.transaction import preserve_modes, preserve_rng
 
 # %% ../../nbs/65_train.vision.ipynb #65de311e
 def vision_learner(
     dls,                  # Data loaders of images, not normalised (if fastai's loaders normalise, the network does not)
-    arch,                 # Name of a torchvision or timm classifier, a function that builds one, or a `Network`
+    # Name of a torchvision or timm classifier, a function that builds one, or a `Network`; None: the best body by
+    # `choose_body`, which takes two minutes
+    arch=None,
     normalize:bool=True,  # The network normalises its input with its own statistics
     n_out:int=None,       # Number of outputs; by default the number of classes
     pretrained:bool=True, # False is `weights=None`
@@ -59,6 +62,7 @@ def vision_learner(
     n_out = n_out or get_c(dls)
     if not n_out: raise TrainError('cannot infer the number of classes (no `dls.c`, no `dls.vocab`): pass n_out=.')
     if not pretrained: weights = None
+    if arch is None: arch = best_body(dls)
     if normalize and normalization(dls.train) is not None:
         normalize = False
         if isinstance(dls, ImageData):
