@@ -39,6 +39,7 @@ _ROOMS = {
     "callbacks.trackers": "ReduceLROnPlateau SaveModelCallback CSVLogger",
     "callbacks.stopping": "EarlyStopping RecoverFromNaN",
     "callbacks.ema": "EMA",
+    "callbacks.budget": "Budget",
     "train.learner": "Learner load_learner",
     "train.vision": "vision_learner unet_learner",
     "teach.distill": "Distill",

@@ -75,11 +75,14 @@ class EpochLog(Callback):
     "Record one row per epoch and one entry per step over all fits. `table()` and `steps()` return them as DataFrames."
     order, uses_images = 55, False  # after the recorder, whose values it reads
 
+    # Why the last fit ended before its last epoch: 'budget' or 'patience'; None if it did not
+    stopped = None
+
     def __init__(self): self.rows, self.step_rows, self.phase = [], [], 0
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
-        self.trained, self.new_fit = False, True
+        self.trained, self.new_fit, self.stopped = False, True, None
         session = getattr(self.learn, 'features', None)
         # the time to compute features for this fit belongs to its first epoch
         self.filled, self.cached = (0., 0) if session is None else (session.seconds, session.bytes), 0
@@ -117,8 +120,10 @@ class EpochLog(Callback):
         self.step_rows = [dict(zip(steps, row)) for row in zip(*(v.tolist() for v in steps.values()))]
 
     def table(self) -> pd.DataFrame:
-        "One row per epoch, over all phases."
-        return pd.DataFrame(self.rows)
+        "One row per epoch, over all phases; `attrs['stopped']` says why the last fit ended early."
+        table = pd.DataFrame(self.rows)
+        table.attrs['stopped'] = self.stopped
+        return table
 
     def steps(self) -> pd.DataFrame:
         "One row per training step: phase, epoch, loss, lr."

@@ -68,6 +68,8 @@ class EarlyStopping(MonitorCallback):
 
     def _stop(self, epoch):
         self.stopped_at = epoch
+        log = getattr(self.learn, 'epoch_log', None)
+        if log is not None: log.stopped = 'patience'
         if self.best is None:
             said = f'Epoch {epoch}: {self.monitor} was not finite for {self.waited} epochs; use a lower learning rate'
         else: said = f'Epoch {epoch}: {self.monitor} has not improved on {self.best:.4g} for {self.waited} epochs'
@@ -92,9 +94,9 @@ class EarlyStopping(MonitorCallback):
         "Is the learning rate still high, in a schedule that reduces it later?"
         scheds = [cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds]
         if not scheds: return False
-        done = (self.learn.epoch + 1) / self.learn.n_epoch
+        done = self.learn.pct_train  # of the epochs, or of the time in a fit with a `Budget`
         rates = np.array([np.max(scheds[0](p)) for p in np.linspace(0, 1, 201)])
-        ahead = rates[int(200 * done):]
+        ahead = rates[min(int(200 * done + 1e-6), 200):]
         return ahead.max() > self.patience_lr_frac * rates.max() > ahead.min()
 
     def after_fit(self):

@@ -20,11 +20,13 @@ def add_train(
                          "Train the head, then the whole network, and keep the better of both; save tables, plots"
                          " and weights",
                          "ftlib train flowers --arch resnet18 --epochs 5\n"
+                         "ftlib train flowers --arch auto --minutes 10\n"
                          "ftlib train flowers --weights resnet18.pth --lr 2e-3 --size 128 --out runs/small\n"
                          "ftlib train digits --arch cnn --size 28 --epochs 20")
     data_options(command)
     model_options(command)
     command.add_argument("--epochs", type=whole_number, default=5, help="epochs of the whole network")
+    command.add_argument("--minutes", type=float, help="time for the whole training, in place of --epochs")
     command.add_argument("--freeze-epochs", type=whole_number,
                          help="maximum number of epochs with the body frozen before fine-tuning (by default until the "
                               "head stops improving; 0 with --weights none)")
@@ -40,8 +42,9 @@ def _train(args):
     args.out.mkdir(parents=True, exist_ok=True)
     from ftlib.experiment.pipeline import fine_tune_run
     learn = learner_for(args.folder, args.arch, args.weights, data_arguments(args))
-    _report(fine_tune_run(learn, args.epochs, args.freeze_epochs, args.lr, checkpoint=args.checkpoint,
-                          resume=args.resume), args.out)
+    epochs = args.epochs if args.minutes is None else None
+    _report(fine_tune_run(learn, epochs, args.freeze_epochs, args.lr, checkpoint=args.checkpoint, resume=args.resume,
+                          minutes=args.minutes), args.out)
 
 # %% ../../nbs/99c_cli.train.ipynb #78623abc
 def _report(run, out):

@@ -177,13 +177,14 @@ def load_weights(learn, path):
 # %% ../../nbs/98b_experiment.pipeline.ipynb #ebff1d40
 def fine_tune_run(
     learn,                       # A learner with a frozen body, from `vision_learner`
-    epochs:int=5,                # Epochs with the whole network training
+    epochs:int|None=5,           # Epochs with the whole network training; None with minutes=
     freeze_epochs:int=None,      # Maximum number of epochs of the head before them; by default until it stops improving
     lr:float|str="auto",         # Learning rate of the head, or 'auto': chosen for each phase, see `fine_tune`
-    **kwargs,                    # More arguments of `fine_tune`: checkpoint, resume, cbs
+    **kwargs,                    # More arguments of `fine_tune`: minutes, checkpoint, resume, cbs
 ) -> FineTuneResult:                       # Tables, curves and the trained learner
     "Run `fine_tune` and evaluate the validation set. Seconds are wall time."
-    if epochs < 0 or (freeze_epochs or 0) < 0 or epochs + (1 if freeze_epochs is None else freeze_epochs) == 0:
+    if epochs is None: pass
+    elif epochs < 0 or (freeze_epochs or 0) < 0 or epochs + (1 if freeze_epochs is None else freeze_epochs) == 0:
         raise RunError(f"epochs={epochs}, freeze_epochs={freeze_epochs}: give at least one epoch, and no negative "
                        f"numbers.")
     if len(learn.dls.loaders) < 2 or not len(learn.dls.valid):

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import to_device
 from fastcore.foundation import L
 
 from ..system.interrupt import TrainingStopped, stop_between_batches
@@ -21,7 +23,9 @@ from ..cache.features import why_not_cached
 from ..errors import TrainError
 from ..lr.finder import moves_statistics, usual_lr
 from ..system.console import say
+from ..callbacks.budget import Budget
 from ..callbacks.stopping import EarlyStopping
+from ..persist.transaction import preserve_modes, preserve_rng
 from ..errors import RunFailed
 
 # %% ../../nbs/62_train.fine_tune.ipynb #8ca2f1d7
@@ -81,11 +85,12 @@ RATIO = {'still': 100, 'moving': 10}
 # Stages with less than this of the head's learning rate would hardly move, so they stay frozen: half of the stages of a
 # network with still statistics. bench/measured/frozen_stages.csv: accuracy differs by .000 ± .003 from that of 1/30
 HARDLY = 1 / 12
+_HEAD_SHARE = .4  # of the minutes of a budget: at most so much for the epochs of the head, half of it for its features
 
 # %% ../../nbs/62_train.fine_tune.ipynb #12dde483
 def fine_tune(
     learn,                   # A learner; a frozen body is unfrozen after the epochs of the head
-    epochs:int,              # Epochs with the whole network training
+    epochs:int=None,         # Epochs with the whole network training
     # Maximum number of epochs of the head; by default 30 on cached features, and 1 if features cannot be cached
     freeze_epochs:int=None,
     # Learning rate of the head, half of it after a first phase; None: the head's is found by a sweep, that of the
@@ -94,15 +99,19 @@ def fine_tune(
     # First stage that trains in the second phase, as for `learn.freeze_to`; the stages before it give cached features.
     # By default all stages train but those that would hardly move
     freeze_to:int|str=None,
+    minutes:float=None,      # Time for all of it, in place of `epochs`; the whole network gets what the head leaves
     **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
 ) -> pd.DataFrame:           # One row per phase, also in `learn.fine_tuning`; the results of the sweeps are in
     # `learn.sweeps`
     """Train the head until it stops improving, then the whole network, and keep the better of both. Raises
     `TrainError` for fewer than 0 epochs, `RunFailed` if no loss is finite."""
+    if (epochs is None) == (minutes is None): raise TrainError('give epochs or minutes, one of them.')
     for name, n in (('epochs', epochs), ('freeze_epochs', freeze_epochs)):
         if n is not None and (not isinstance(n, (int, np.integer)) or n < 0):
             raise TrainError(f'{name}={n!r}: give an integer number of epochs, 0 or more.')
-    run = _Run(learn, lr, freeze_to, kwargs)
+    if minutes is not None and kwargs.get('checkpoint') is not None:
+        raise TrainError('minutes= is not resumed from a checkpoint: the time is of this machine. Give epochs.')
+    run = _Run(learn, lr, freeze_to, kwargs, minutes)
     with stop_between_batches():
         try: run.train(epochs, freeze_epochs)
         except KeyboardInterrupt as e: raise TrainingStopped(run.restore_best_so_far()) from e.__cause__
@@ -125,9 +134,10 @@ def _copy_of(model): return {k: v.detach().to('cpu', copy=True) for k, v in mode
 # %% ../../nbs/62_train.fine_tune.ipynb #3ab44d90
 class _Run:
     "State of one call of `fine_tune`"
-    def __init__(self, learn, lr, freeze_to, kwargs):
+    def __init__(self, learn, lr, freeze_to, kwargs, minutes=None):
+        self.start_time, self.budget = time.perf_counter(), minutes and Budget(minutes).minutes  # checked
         self.learn, self.lr, self.freeze_to, self.kwargs = learn, lr, freeze_to, kwargs
-        self.rows, self.sweeps, self.head = [], {}, None
+        self.rows, self.sweeps, self.head, self.forward = [], {}, None, 0.
         self.start, self.head_weights, self.n_rows = _copy_of(learn.model), None, len(learn.epoch_log.rows)
         loaders = learn.dls.loaders
         self.validates = len(loaders) > 1 and len(loaders[1]) > 0
@@ -137,8 +147,9 @@ class _Run:
         if self.freeze_to is not None: self.learn.freeze_to(self.freeze_to)  # an unknown stage is named before all else
         if freeze_epochs != 0 and self._has_head(freeze_epochs): self._train_head(freeze_epochs)
         if self.rows and self.validates: self._remember_head()
-        if epochs: self._train_all(epochs)
-        if epochs and self.validates: self._keep_the_better()
+        if self.budget is None or self._minutes_left() > 0:
+            if epochs or self.budget: self._train_all(epochs)
+            if (epochs or self.budget) and self.validates: self._keep_the_better()
         for row in self.rows: row.setdefault('kept', row is self.rows[-1])
         self.learn.fine_tuning, self.learn.sweeps = pd.DataFrame(self.rows), self.sweeps
 
@@ -151,13 +162,45 @@ class _Run:
         learn, cbs = self.learn, L(self.kwargs.get('cbs'))
         learn.freeze()
         cached = learn.cache and not why_not_cached(learn, cbs)
-        epochs = epochs or (30 if cached else 1)
-        start, lr = time.perf_counter(), self.lr or self._learning_rate('head')
-        with learn.no_logging():
-            if self.validates and epochs > 4:
-                learn.fit(epochs, lr, **self.kwargs | dict(cbs=[*cbs, EarlyStopping(patience=3, cooldown=3)]))
-            else: learn.fit_one_cycle(epochs, lr, **self.kwargs)
+        start = time.perf_counter()
+        with nullcontext() if self.budget is None else self._views_in_time(cached):
+            cached = cached and bool(learn.cache)
+            epochs = epochs or (30 if cached else 1)
+            lr = self.lr or (usual_lr(learn) if self.budget and not cached else None) or self._learning_rate('head')
+            if self.budget is not None: cbs = [*cbs, Budget(min(self.budget * _HEAD_SHARE, self._minutes_left()))]
+            with learn.no_logging():
+                if self.validates and epochs > 4:
+                    learn.fit(epochs, lr, **self.kwargs | dict(cbs=[*cbs, EarlyStopping(patience=3, cooldown=3)]))
+                else: learn.fit_one_cycle(epochs, lr, **self.kwargs | dict(cbs=cbs))
         self._note('head', lr, start, 'on cached features' if cached else 'on images')
+
+    @contextmanager
+    def _views_in_time(self, cached):
+        """Context manager with as many cached augmentations as can be computed within half of the head's time; without
+        cached features if one cannot. The time of a batch is measured"""
+        learn, before = self.learn, (self.learn.cache, self.learn.views)
+        (read, self.forward), room = self._seconds_of_a_batch(), 60 * self.budget * _HEAD_SHARE / 2
+        n_train, n_valid = len(learn.dls.train), len(learn.dls.valid) if self.validates else 0
+        views = [v for v in range(before[1], 0, -1) if (read + self.forward) * (v * n_train + n_valid) <= room]
+        learn.cache, learn.views = (before[0], views[0]) if cached and views else (False, before[1])
+        try: yield
+        finally: learn.cache, learn.views = before
+
+    def _seconds_of_a_batch(self):
+        "Of reading it, and of a forward pass, without what is done once"
+        learn, device = self.learn, next(self.learn.model.parameters()).device
+        with preserve_modes(learn.model), preserve_rng(*learn.dls.loaders), torch.no_grad():
+            learn.model.eval()(to_device(next(iter(learn.dls.train))[0], device))  # images are decoded, workers started
+            start = time.perf_counter()
+            x = to_device(learn.dls.one_batch()[0], device)
+            read = time.perf_counter()
+            learn.model(x)
+        return read - start, time.perf_counter() - read
+
+    def _minutes_left(self):
+        "What is left for the whole network, less the predictions that the comparison with the head needs"
+        last = self.forward * len(self.learn.dls.valid) if self.head is not None else 0.
+        return self.budget - (time.perf_counter() - self.start_time + last) / 60
 
     def _remember_head(self):
         "Store the best head, and its results on the validation set"
@@ -182,7 +225,8 @@ class _Run:
             try:
                 lr = self.lr / (2 if self.rows else 1) if self.lr else usual_lr(learn) or self._learning_rate(
                     'whole network', ratios=ratios.tolist(), for_epochs=epochs)
-                learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5.,
+                minutes = None if self.budget is None else max(self._minutes_left(), 1e-3)
+                learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5., minutes=minutes,
                                     **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
             finally: learn.unfreeze()
         self._note('whole network', lr, start, f'from {learn.groups_table().index[k]} on' if k else 'of all stages')

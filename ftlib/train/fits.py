@@ -7,6 +7,7 @@ __all__ = ['CheckFiniteLoss', 'FitLearner']
 
 # %% ../../nbs/63_train.fits.ipynb #b0f8c378
 import random
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from fastcore.foundation import L
 from ..system.interrupt import TrainingStopped, stop_between_batches
 from ..data.loader import seed_all
 from ..callbacks.best import BestWeights, stopped_with
+from ..callbacks.budget import Budget
 from ..persist.checkpoint import Checkpoint, fit_fingerprint, restore_fit, restore_model
 from .fine_tune import fine_tune
 from ..cache.session import held_session, on_features
@@ -52,6 +54,8 @@ class CheckFiniteLoss(Callback):
                           'Use a lower learning rate.')
 
 # %% ../../nbs/63_train.fits.ipynb #9facad2c
+_MOST_EPOCHS = 100_000  # of a fit that ends with its time
+
 class FitLearner(StepLearner):
     "`StepLearner` whose fit methods take schedules and checkpoints, and keep the completed epochs."
     cache, views = True, 2  # see `Learner`
@@ -80,10 +84,18 @@ class FitLearner(StepLearner):
         scheds = {} if schedule is None else {'lr': as_schedule(schedule)}
         self._fit(n_epoch, lr, scheds, wd, cbs, reset_opt, start_epoch, factors, checkpoint, resume)
 
-    def fit_one_cycle(self, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=.25, wd=None, moms=None, cbs=None,
-                      reset_opt=False, start_epoch=0, factors=None, checkpoint=None, resume=False):
+    def fit_one_cycle(self, n_epoch=None, lr_max=None, div=25., div_final=1e5, pct_start=.25, wd=None, moms=None,
+                      cbs=None, reset_opt=False, start_epoch=0, factors=None, checkpoint=None, resume=False,
+                      minutes:float=None,  # Time for this fit in place of `n_epoch`; see `Budget`
+                      ):
         """Fit by the one-cycle policy (Smith & Topin 2018): the learning rate rises to `lr_max` and falls, momentum
         changes inversely."""
+        if (n_epoch is None) == (minutes is None): raise TrainError('give n_epoch or minutes, one of them.')
+        if minutes is not None:
+            if checkpoint is not None:
+                raise TrainError('minutes= is not resumed from a checkpoint: the time is that of this machine. Give '
+                                 'n_epoch.')
+            n_epoch, cbs = _MOST_EPOCHS, L(cbs) + Budget(minutes, time.perf_counter())
         scheds = {'lr': OneCycle(pct_start, div, div_final),
                   'mom': Momentum(pct_start, self.moms if moms is None else moms)}
         self._fit(n_epoch, lr_max, scheds, wd, cbs, reset_opt, start_epoch, factors, checkpoint, resume)
@@ -108,7 +120,7 @@ class FitLearner(StepLearner):
         self._fit(int(ends[-1]), lr_max, {'lr': restarts}, wd, cbs, reset_opt, start_epoch, None, checkpoint, resume)
 
     def fine_tune(self,
-        epochs:int,              # Epochs with the whole network training
+        epochs:int=None,         # Epochs with the whole network training
         base_lr:float=None,      # Learning rate, as in fastai; None: chosen for each phase, see `ftlib.train.fine_tune`
         # Epochs of the head alone before them; without `base_lr` at most so many, by default until it stops improving
         freeze_epochs:int=None,
@@ -117,13 +129,16 @@ class FitLearner(StepLearner):
         div:float=None,          # As in fastai (5): the peak of that learning rate over its start
         # First stage that trains in the second phase, as for `freeze_to`; by default see `ftlib.train.fine_tune`
         freeze_to:int|str=None,
+        minutes:float=None,      # Time for all of it, in place of `epochs`; without `base_lr`
         **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
     ):
         """Train the head, then the whole network, and keep the better of both (`ftlib.train.fine_tune`). With
         `base_lr`, `lr_mult`, `pct_start` or `div` it is fastai's `fine_tune`."""
         if all(o is None for o in (base_lr, lr_mult, pct_start, div)):
-            fine_tune(self, epochs, freeze_epochs, freeze_to=freeze_to, **kwargs)
+            fine_tune(self, epochs, freeze_epochs, freeze_to=freeze_to, minutes=minutes, **kwargs)
             return
+        if minutes is not None or epochs is None:
+            raise TrainError('with base_lr, lr_mult, pct_start or div, as in fastai, give epochs and no minutes.')
         base_lr, lr_mult, pct_start, div = (given if given is not None else default for given,
                                             default in ((base_lr, 2e-3), (lr_mult, 100), (pct_start, .3), (div, 5.)))
         freeze_epochs = 1 if freeze_epochs is None else freeze_epochs
