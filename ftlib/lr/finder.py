@@ -131,14 +131,16 @@ def usual_lr(
     learn,  # A learner whose optimizer has been created
 ) -> float|None:
     """The head's learning rate that worked best on average over the measured datasets, for what trains now; None if
-    nothing similar was measured."""
+    nothing similar was measured. For whole networks it falls with the square root of the batch size below 32, as the
+    noise of the gradient wants it (Malladi et al. 2022); otherwise small batches forget what the weights know."""
     cls = torch_class(learn.opt_func)
     if not getattr(learn, 'pretrained', False) or getattr(cls, 'func', cls) not in (torch.optim.Adam,
         torch.optim.AdamW):
         return None
     frozen = getattr(learn.model, 'frozen', 0)
     if frozen and frozen == len(learn.model.stages): return HEAD_LR
-    return MOVING_LR if moves_statistics(learn.model) else WHOLE_LR
+    lr, bs = MOVING_LR if moves_statistics(learn.model) else WHOLE_LR, getattr(learn.dls.train, 'bs', None)
+    return lr * min(1., ((bs or 32) / 32) ** .5)
 
 # %% ../../nbs/48_lr.finder.ipynb #56a1bd1b
 class LRSweep(Callback):
@@ -215,7 +217,7 @@ def sweep(
         if fresh: learn.opt = None
         if cb.hook is not None: cb.hook.remove()
     usual = usual_lr(learn)
-    within = dict(within=WITHIN) if usual in (WHOLE_LR, MOVING_LR) else {}
+    within = dict(within=WITHIN) if usual not in (None, HEAD_LR) else {}
     return LRCurve(lrs[:len(cb.losses)], cb.losses, cb.start, usual, **within)
 
 # %% ../../nbs/48_lr.finder.ipynb #df62fa3c
@@ -255,7 +257,7 @@ def find_lr(
 def _found(learn, start_lr, end_lr, num_it, stop_div, ratios, for_epochs):
     "Run a sweep with as many steps as fit the budget"
     usual, ratios = usual_lr(learn), group_lrs(1. if ratios is None else ratios, len(learn.opt.hypers))
-    short = usual in (WHOLE_LR, MOVING_LR)
+    short = usual not in (None, HEAD_LR)
     lo, hi = (given if given is not None else default for given,
               default in zip((start_lr, end_lr), (1e-6, 1.) if short else (1e-7, 10.)))
     lo, hi = check_rates([lo, hi], (lo, hi))
