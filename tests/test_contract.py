@@ -23,6 +23,7 @@ from ftlib.models.network import Body, Network, Normalize
 from ftlib.teach.distill import Distill
 from ftlib.teach.hints import Hints
 from ftlib.callbacks.best import BestWeights
+from ftlib.callbacks.budget import Budget
 from ftlib.persist.callback_state import callback_state
 from ftlib.train.fits import CheckFiniteLoss
 from ftlib.train.groups import EvalFrozenModules
@@ -39,6 +40,7 @@ MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"),
           ReduceLROnPlateau: partial(ReduceLROnPlateau, patience=1, min_delta=9.),
           Schedule: lambda: Schedule({"lr": lambda share: 1. - share / 2}, [1e-3]),
           Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))),
+          Budget: partial(Budget, 10.),
           Hints: lambda: Hints(TEACHER, 'fitnet')}
 # Every learner has the first ones; of `MonitorCallback` others are made, and `LRSweep` belongs to the rate finder
 NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, MonitorCallback, LRSweep}

@@ -29,7 +29,7 @@ class Budget(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         now = time.perf_counter()
-        self.begin, self.validation, self.steps, self.training = now if self.start is None else self.start, None, 0, 0.
+        self.begin, self.validation, self.steps, self.seconds = now if self.start is None else self.start, None, 0, 0.
 
     def _spent(self): return time.perf_counter() - self.begin
 
@@ -37,7 +37,7 @@ class Budget(Callback):
         "Seconds of a validation: of the last one, or a guess from the steps so far"
         if self.validation is not None: return self.validation
         n = len(self.learn.dls.valid) if len(self.learn.dls.loaders) > 1 else 0
-        return .4 * n * self.training / self.steps if self.steps else 0.
+        return .4 * n * self.seconds / self.steps if self.steps else 0.
 
     @property
     def share(self) -> float:
@@ -48,7 +48,7 @@ class Budget(Callback):
 
     def after_batch(self):
         now = time.perf_counter()
-        self.steps, self.training, self.step_start = self.steps + 1, self.training + now - self.step_start, now
+        self.steps, self.seconds, self.step_start = self.steps + 1, self.seconds + now - self.step_start, now
         self.learn.pct_train = self.share  # schedules read it before the next step
         if self.share >= 1: raise CancelTrainException
 
@@ -59,7 +59,7 @@ class Budget(Callback):
 
     def after_epoch(self):
         "End the fit if there is no time for another step and its validation"
-        step = self.training / max(self.steps, 1)
+        step = self.seconds / max(self.steps, 1)
         if self.share < 1 and self._spent() + step + self._for_validation() <= 60 * self.minutes: return
         log = getattr(self.learn, 'epoch_log', None)
         if log is not None: log.stopped = 'budget'
