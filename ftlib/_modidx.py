@@ -1763,6 +1763,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'ftlib/system/libraries.py'),
                                         'ftlib.system.libraries.version_of': ( 'system.libraries.html#version_of',
                                                                                'ftlib/system/libraries.py')},
+            'ftlib.system.memory': {'ftlib.system.memory.release_memory': ('system.memory.html#release_memory', 'ftlib/system/memory.py')},
             'ftlib.system.tables': { 'ftlib.system.tables.as_objects': ('system.tables.html#as_objects', 'ftlib/system/tables.py'),
                                      'ftlib.system.tables.as_text': ('system.tables.html#as_text', 'ftlib/system/tables.py'),
                                      'ftlib.system.tables.csv_text': ('system.tables.html#csv_text', 'ftlib/system/tables.py'),

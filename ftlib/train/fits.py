@@ -27,6 +27,7 @@ from ..cache.session import held_session, on_features
 from ..errors import TrainError
 from ..callbacks.history import EpochLog
 from ..system.console import say
+from ..system.memory import release_memory
 from ..lr.rates import Schedule
 from ..lr.schedule import Cosine, FlatCosine, Momentum, OneCycle, as_schedule
 from .step import StepLearner
@@ -237,6 +238,7 @@ class FitLearner(StepLearner):
         if resume_state and not resume_state['step']: restore_fit(self, resume_state)
         for self.epoch in range(first, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+            release_memory()
             if checkpointer is not None and self.epoch + 1 < self.n_epoch: checkpointer.save(self, self.epoch + 1)
 
     def all_batches(self):
