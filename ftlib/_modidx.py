@@ -954,6 +954,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ftlib/experiment/choose.py'),
                                          'ftlib.experiment.choose._halved': ( 'experiment.choose.html#_halved',
                                                                               'ftlib/experiment/choose.py'),
+                                         'ftlib.experiment.choose._is_offline': ( 'experiment.choose.html#_is_offline',
+                                                                                  'ftlib/experiment/choose.py'),
                                          'ftlib.experiment.choose._licence': ( 'experiment.choose.html#_licence',
                                                                                'ftlib/experiment/choose.py'),
                                          'ftlib.experiment.choose._mixed': ('experiment.choose.html#_mixed', 'ftlib/experiment/choose.py'),

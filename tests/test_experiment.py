@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
+from ftlib.data.images import image_data
+from ftlib.experiment import choose
 from ftlib.experiment.compare import compare
-from ftlib.errors import CompareError
+from ftlib.errors import CompareError, WeightsError
 from ftlib.experiment.paired import holm, paired_test
 from ftlib.experiment.runs import RunStore
+from ftlib.train.vision import vision_learner
 
 SCRIPT = """
 import sys, numpy as np, torch
@@ -164,3 +168,26 @@ def test_a_function_that_cannot_be_told_is_run_again(tmp_path, monkeypatch, caps
         def odd(seed): return file
         for _ in range(2): compare({"one": odd}, seeds=2, folder=tmp_path, say=lambda line: None)
     assert CALLS == [0, 1, 0, 1] and capsys.readouterr().out.count("is trained again") == 1
+
+
+# ---- the choice of a body
+
+def test_without_a_connection_one_download_is_tried(stripes, monkeypatch):
+    asked = []
+    def no_connection(arch, *args, **kwargs):
+        asked.append(arch)
+        raise WeightsError("the download failed") from URLError("offline")
+    monkeypatch.setattr(choose, "backbone", no_connection)
+    monkeypatch.setattr(choose, "is_on_this_machine", lambda *args: False)
+    dls = image_data(stripes, size=16, bs=8, num_workers=0)
+    with pytest.raises(CompareError, match="the download failed.*where there is a connection"):
+        choose.choose_body(dls, 1, ["resnet18", "resnet34"])
+    assert asked == ["resnet18"]
+
+
+def test_a_learner_without_a_name_takes_the_best_body(stripes, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "BODIES", {"test_resnet": None, "test_efficientnet": None})
+    dls = image_data(stripes, size=32, bs=8, num_workers=0)
+    learn = vision_learner(dls, weights=None)
+    said = capsys.readouterr().out
+    assert f"The body is {learn.arch}, the best of 2" in said and learn.model.body.arch == learn.arch

@@ -42,15 +42,18 @@ class _Body:
         self.x, self.y, self.seconds, self.forward, self.accuracy = ([], []), ([], []), 0., [0., 0], float('nan')
 
     def build(self, dls, download):
-        "Build the network, or keep the reason why that is not possible"
+        "Build the network, or keep the reason why that is not possible; returns False if there is no connection"
         try:
             self.arch = find_arch(self.name)
             if not download and not is_on_this_machine(self.arch, self.weights):
-                raise WeightsError('the weights are not on this machine: download=True allows to fetch them')
+                raise WeightsError('the weights are not on this machine; download=True fetches them, where there is a '
+                                   'connection')
             size = dls.size if isinstance(getattr(dls, 'size', None), int) else None
             self.net = backbone(self.name, self.weights, concat_pool=False, input_size=size).to(dls.device)
-        except (ArchError, WeightsError) as e: self.error = ' '.join(str(e).split())
-        return not self.error
+        except (ArchError, WeightsError) as e:
+            self.error = ' '.join(str(e).split())
+            return not _is_offline(e)
+        return True
 
     def see(self, dls, items, split, end):
         "Compute the features of more images. Raises `_OutOfTime`"
@@ -119,6 +122,17 @@ class _Body:
                       'seconds': self.seconds}
 
 # %% ../../nbs/98c_experiment.choose.ipynb #0e35dd45
+# What libraries raise without a connection, among the causes of a `WeightsError`
+_OFFLINE = {'ConnectionError', 'ConnectError', 'ConnectTimeout', 'LocalEntryNotFoundError', 'MaxRetryError',
+            'OfflineModeIsEnabled', 'URLError', 'gaierror'}
+
+def _is_offline(error):
+    "Did a download fail because there is no connection?"
+    while error is not None:
+        if type(error).__name__ in _OFFLINE: return True
+        error = error.__cause__ or error.__context__
+    return False
+
 def _licence(arch):
     "Of the weights, as timm states it"
     if arch.source != 'timm': return None
@@ -166,7 +180,8 @@ def choose_body(
     bodies = [_Body(n, w) for n, w in (names if isinstance(names, dict) else dict.fromkeys(names, 'imagenet')).items()]
     if not bodies: raise CompareError('among= is empty: name at least one classifier.')
     items = _mixed(dls, seed)
-    here = [b for b in bodies if b.build(dls, download)]
+    for b in bodies: download = b.build(dls, download) and download  # without a connection, each would wait for it
+    here = [b for b in bodies if not b.error]
     end = time.perf_counter() + 60 * minutes
     last = _halved(dls, here, items, end)
     return _table(dls, bodies, last, end)
