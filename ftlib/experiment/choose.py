@@ -57,6 +57,7 @@ class _Body:
 
     def see(self, dls, items, split, end):
         "Compute the features of more images. Raises `_OutOfTime`"
+        if not items: return
         dl = dls.test_dl(items, with_labels=True)
         start, at = time.perf_counter(), 0
         try:
@@ -204,7 +205,7 @@ def _halved(dls, bodies, items, end):
     while bodies:
         for b in list(bodies):
             try:
-                for split in (0, 1): b.see(dls, items[split][seen:n], split, end) if items[split][seen:n] else None
+                for split in (0, 1): b.see(dls, items[split][seen:n], split, end)
                 b.judge()
             except _OutOfTime:
                 if not last: b.error = 'the minutes were over before it was measured'

@@ -135,7 +135,7 @@ def _copy_of(model): return {k: v.detach().to('cpu', copy=True) for k, v in mode
 class _Run:
     "State of one call of `fine_tune`"
     def __init__(self, learn, lr, freeze_to, kwargs, minutes=None):
-        self.start_time, self.budget = time.perf_counter(), minutes and Budget(minutes).minutes  # checked
+        self.start_time, self.budget = time.perf_counter(), None if minutes is None else Budget(minutes).minutes
         self.learn, self.lr, self.freeze_to, self.kwargs = learn, lr, freeze_to, kwargs
         self.rows, self.sweeps, self.head, self.forward = [], {}, None, 0.
         self.start, self.head_weights, self.n_rows = _copy_of(learn.model), None, len(learn.epoch_log.rows)
