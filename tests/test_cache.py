@@ -297,6 +297,13 @@ def test_only_the_features_of_validation_images(folder, capsys):
     assert torch.allclose(preds, other, atol=2e-2) and not capsys.readouterr().out
 
 
+def test_memory_is_given_back_after_each_epoch(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ftlib.train.fits.release_memory", lambda: calls.append(1))
+    fitted(folder, True)
+    assert len(calls) == 3
+
+
 def test_an_unknown_cache_is_refused(folder):
     with pytest.raises(TrainError, match="True, False or 'valid'"): fitted(folder, "train")
 
