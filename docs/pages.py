@@ -24,7 +24,8 @@ PACKAGES = {
     "data": "Data: from files to batches", "models": "Models: from a name to a network", "lr": "Learning rates",
     "train": "Training",
     "callbacks": "Callbacks", "teach": "Distillation, rotation, pseudo-labels", "evaluate": "Evaluation",
-    "experiment": "Comparisons and cross-validation",
+    "experiment": "Comparisons and cross-validation", "search": "Hyperparameter search",
+    "parallel": "Several processes and machines",
     "deploy": "Prediction and export", "cli": "Command line",
 }
 INTERNALS = {

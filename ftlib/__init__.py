@@ -63,6 +63,7 @@ _ROOMS = {
     "deploy.endpoint": "web_app serve",
     "deploy.app": "classifier_page",
     "deploy.hub": "",
+    "parallel.cluster": "ray_cluster",
     "experiment.paired": "paired_test",
     "experiment.runs": "RunStore",
     "experiment.compare": "compare Comparison",
@@ -71,6 +72,10 @@ _ROOMS = {
     "experiment.crossval": "cross_validate CrossValidation",
     "experiment.few_labels": "label_efficiency_curve LabelEfficiencyCurve",
     "experiment.pipeline": "fine_tune_run FineTuneResult",
+    "search.space": "Choice Uniform LogUniform Int",
+    "search.tune": "tune",
+    "search.tuning": "Tuning",
+    "search.joint": "joint_space joint_trainer tune_folder",
 }
 
 

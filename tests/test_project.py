@@ -121,7 +121,7 @@ def test_of_fastais_names_only_those_meant_are_replaced(root):
     shown = python("import fastai.vision.all as theirs, ftlib\n"
                    "print(sorted(n for n in ftlib.__all__ if getattr(theirs, n, ftlib) not in (ftlib, getattr(ftlib, "
                    "n))))", root)
-    ours = ['CSVLogger', 'Learner', 'Recorder', 'ReduceLROnPlateau', 'SaveModelCallback', 'load_learner',
+    ours = ['CSVLogger', 'Int', 'Learner', 'Recorder', 'ReduceLROnPlateau', 'SaveModelCallback', 'load_learner',
             'unet_learner',
             'vision_learner']
     assert shown == str(ours)
@@ -175,8 +175,8 @@ def test_notebooks_are_numbered_as_their_modules(root):
 
 def test_rooms_import_only_from_rooms_before(root):
     order = {name: i for i, name in enumerate(["errors", "system", "data", "models", "cache", "metrics", "persist",
-                                               "lr", "callbacks", "train", "teach", "evaluate", "deploy", "experiment",
-                                               "cli"])}
+                                               "lr", "callbacks", "train", "teach", "evaluate", "deploy", "parallel",
+                                               "experiment", "search", "cli"])}
     for path in (root / "ftlib").rglob("*/*.py"):
         # what a learner's methods hand over to, as each is called
         if path.relative_to(root / "ftlib").as_posix() == "train/methods.py": continue

@@ -7,6 +7,7 @@ __all__ = ['Comparison', 'compare']
 
 # %% ../../nbs/95_experiment.compare.ipynb #d5e67f9c
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from ..evaluate.report import Report
 from ..errors import CompareError
 from ..system.console import literal_legend
 from .paired import holm, paired_test
-from .runs import RunStore, as_seeds, execute_run, run_report, correct_mask
+from .runs import RunStore, as_seeds, correct_mask, execute_run, run_missing, run_report
 
 # %% ../../nbs/95_experiment.compare.ipynb #29911bee
 class Comparison:
@@ -141,16 +142,15 @@ def compare(
     seeds, ways = as_seeds(seeds), {str(k): f for k, f in ways.items()}
     runs, start, done = RunStore(folder), time.perf_counter(), {name: [] for name in ways}
     todo = [(seed, name) for seed in seeds for name in ways]  # the first seed of every method comes before the second
-    for i, (seed, name) in enumerate(todo):
-        run = runs.get(name, seed, ways[name])
-        if run is None:
-            if budget is not None and time.perf_counter() - start > budget:
-                say(f'Budget of {budget:.0f} s reached, {len(todo) - i} runs left; repeat the call with the same '
-                    f'folder=.')
-                break
-            key = runs.of(ways[name])
-            run = runs.add(name, seed, ways[name], execute_run(ways[name], seed, on), key)
-            right = run_report(run).table['value'].iloc[0]
-            say(f'{i + 1} of {len(todo)}: {name}, seed {seed}: {right:.4f} in {run["seconds"]:.1f} s')
-        done[name].append(run)
+    def line(i, name, seed, run):
+        right = run_report(run).table['value'].iloc[0]
+        return f'{i + 1} of {len(todo)}: {name}, seed {seed}: {right:.4f} in {run["seconds"]:.1f} s'
+    def over(): return budget is not None and time.perf_counter() - start > budget
+    for run in run_missing(runs, ((name, seed, ways[name], (name, seed)) for seed, name in todo),
+                           partial(_execute, ways, on), line, over, say).values(): done[run['name']].append(run)
+    if left := len(todo) - sum(map(len, done.values())):
+        say(f'Budget of {budget:.0f} s reached, {left} runs left; repeat the call with the same folder=.')
     return Comparison(done, confidence)
+
+# %% ../../nbs/95_experiment.compare.ipynb #48e9be86
+def _execute(ways, on, task): return execute_run(ways[task[0]], task[1], on)

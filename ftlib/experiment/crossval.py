@@ -7,6 +7,7 @@ __all__ = ['fold_table', 'CrossValidation', 'cross_validate']
 
 # %% ../../nbs/97_experiment.crossval.ipynb #c243f0fc
 from functools import cached_property, partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,9 @@ from ..data.splits import show_names
 from ..evaluate.intervals import mean_interval
 from ..evaluate.report import Report
 from ..errors import CompareError
+from ..parallel.jobs import worker_count
 from ..system.tables import as_objects
-from .runs import RunStore, execute_run, run_report
+from .runs import RunStore, execute_run, run_missing, run_report
 from ..cache.features import targets_of
 
 # %% ../../nbs/97_experiment.crossval.ipynb #4d6934bf
@@ -164,24 +166,27 @@ def cross_validate(
     classes = [str(c) for c in show_names(found.classes, names)]
     inside['target'] = inside['label'].map({c: i for i, c in enumerate(found.classes)}).astype(int)
     inside['file'] = [str(o) for o in inside['item']]
-    runs, done, learners = RunStore(folder), [], []
-    for repeat in range(repeats):
-        inside[f'fold {repeat}'] = folds = fold_table(inside, k, groups, seed + repeat)
-        for fold in range(k):
-            rows, name = np.flatnonzero(folds == fold), f'fold {fold} of {k}, repeat {repeat}'
-            table = pd.concat([inside.assign(split=np.where(folds == fold, 'valid', 'train')), held])[['item', 'label',
-                'split']]
+    for repeat in range(repeats): inside[f'fold {repeat}'] = fold_table(inside, k, groups, seed + repeat)
+    def tasks():
+        for repeat, fold in product(range(repeats), range(k)):
+            here, name = inside[f'fold {repeat}'] == fold, f'fold {fold} of {k}, repeat {repeat}'
+            table = pd.concat([inside.assign(split=np.where(here, 'valid', 'train')), held])[['item', 'label', 'split']]
             train = partial(way, image_data(table, path='item', label='label', split='split', seed=seed, names=names,
                                             **data))
-            run = runs.get(name, seed, train)
-            if run is None:
-                def kept(s, train=train):
-                    learners.append(train(s))
-                    return learners[-1]
-                key = runs.of(train)
-                run = runs.add(name, seed, train, execute_run(kept if keep else train, seed + repeat * k + fold)
-                               | dict(rows=rows, fold=fold, repeat=repeat), key)
-                say(f'{name}: {run_report(run).lines()[0]} in {run["seconds"]:.1f} s')
-            done.append(run)
-    if len(learners) < len(done): learners = []
+            about = dict(rows=np.flatnonzero(here), fold=fold, repeat=repeat)
+            yield name, seed, train, (train, seed + repeat * k + fold, about)
+    def line(i, name, seed, run): return f'{name}: {run_report(run).lines()[0]} in {run["seconds"]:.1f} s'
+    learners = [] if keep and worker_count() == 1 else None  # those of other processes stay there
+    done = list(run_missing(RunStore(folder), tasks(), partial(_execute, learners), line, say=say).values())
+    if len(learners or ()) < len(done): learners = []
     return CrossValidation(done, inside, classes, learners)
+
+# %% ../../nbs/97_experiment.crossval.ipynb #4c2d5e2c
+def _execute(learners, task):
+    "Train for a fold; the learner is added to `learners`, unless that is None"
+    train, seed, about = task
+    def way(seed):
+        learn = train(seed)
+        if learners is not None: learners.append(learn)
+        return learn
+    return execute_run(way, seed) | about

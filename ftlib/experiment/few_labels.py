@@ -7,6 +7,7 @@ __all__ = ['n_per_class', 'LabelEfficiencyCurve', 'label_efficiency_curve']
 
 # %% ../../nbs/98_experiment.few_labels.ipynb #44273287
 from functools import partial
+from itertools import product
 
 import pandas as pd
 
@@ -16,7 +17,7 @@ from ..data.splits import split_table
 from .compare import Comparison
 from ..errors import CompareError
 from ..system.console import literal_legend
-from .runs import RunStore, as_seeds, execute_run, correct_mask
+from .runs import RunStore, as_seeds, correct_mask, execute_run, run_missing
 
 # %% ../../nbs/98_experiment.few_labels.ipynb #19765bc2
 def n_per_class(
@@ -104,19 +105,21 @@ def label_efficiency_curve(
                            f'trained learner.')
     table = split_table(read_source(source, root=root, path=path, label=label, split=split), valid, test, seed)
     seeds = as_seeds(seeds)
-    runs, done, labels = RunStore(folder), {}, sorted(labels)
+    labels = sorted(labels)
     n_per_class(table, labels[-1])  # raises for too many labels before anything trains
-    todo = [(s, n) for s in seeds for n in labels]
-    for i, (s, n) in enumerate(todo):
-        dls = image_data(n_per_class(table, n, s), path='item', label='label', split='split', seed=seed, names=names,
-                         **data)
-        for j, (name, way) in enumerate(ways.items(), 1):
-            train, key = partial(way, dls), f'{name}, {n} of each'
-            run = runs.get(key, s, train)
-            if run is None:
-                made_by = runs.of(train)
-                run = runs.add(key, s, train, execute_run(train, s, on), made_by)
-                say(f'{i * len(ways) + j} of {len(todo) * len(ways)}: {key}, seed {s}: {correct_mask(run).mean():.4f} '
-                    f'in {run["seconds"]:.1f} s')
-            done.setdefault((name, n), []).append(run)
+    def tasks():
+        for s, n in product(seeds, labels):
+            dls = image_data(n_per_class(table, n, s), path='item', label='label', split='split', seed=seed,
+                             names=names, **data)
+            for name, way in ways.items():
+                yield f'{name}, {n} of each', s, partial(way, dls), (partial(way, dls), s)
+    todo = [(name, n) for _ in seeds for n in labels for name in ways]
+    def line(i, name, s, run):
+        return f'{i + 1} of {len(todo)}: {name}, seed {s}: {correct_mask(run).mean():.4f} in {run["seconds"]:.1f} s'
+    done = {}
+    for i, run in run_missing(RunStore(folder), tasks(), partial(_execute, on), line, say=say).items():
+        done.setdefault(todo[i], []).append(run)
     return LabelEfficiencyCurve(done, confidence)
+
+# %% ../../nbs/98_experiment.few_labels.ipynb #3f914424
+def _execute(on, task): return execute_run(*task, on)

@@ -1,0 +1,1 @@
+"""Independent trainings on several processes or machines."""

@@ -1,0 +1,1 @@
+"""Hyperparameter search: try many settings, keep the best."""
