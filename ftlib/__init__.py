@@ -40,6 +40,7 @@ _ROOMS = {
     "callbacks.stopping": "EarlyStopping RecoverFromNaN",
     "callbacks.ema": "EMA",
     "callbacks.budget": "Budget",
+    "callbacks.loggers": "MLflowLogger WandbLogger",
     "train.learner": "Learner load_learner",
     "train.vision": "vision_learner unet_learner",
     "teach.distill": "Distill",

@@ -5,23 +5,28 @@
 # %% auto #0
 __all__ = ['ShippedFunction', 'worker_count', 'run_jobs']
 
-# %% ../../nbs/93b_parallel.jobs.ipynb #b685be15
+# %% ../../nbs/93b_parallel.jobs.ipynb #c466d489
 import hashlib
+import sys
 from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
+from types import ModuleType
 
 import cloudpickle
 
 from ..errors import RunFailed, TrainError
 from ..system.console import write_line
+from ..system.libraries import is_library_module
 
-# %% ../../nbs/93b_parallel.jobs.ipynb #d0172dfc
+# %% ../../nbs/93b_parallel.jobs.ipynb #bb51efb6
 _loaded = {}  # the last function of this process, by its hash
 
-# %% ../../nbs/93b_parallel.jobs.ipynb #30e925e7
+# %% ../../nbs/93b_parallel.jobs.ipynb #d9c65348
 class ShippedFunction:
     "A function as bytes, which each worker process reads once. Raises `TrainError` if it cannot be sent."
     def __init__(self, func):
-        try: self.bytes = cloudpickle.dumps(func)
+        try:
+            with _own_code(): self.bytes = cloudpickle.dumps(func)
         except Exception as e:
             raise TrainError(f'the function cannot be sent to other processes ({type(e).__name__}: {e}): build what it '
                              f'needs inside of it, or train in this process.') from e
@@ -33,7 +38,18 @@ class ShippedFunction:
             _loaded[self.hash] = cloudpickle.loads(self.bytes)
         return _loaded[self.hash](*args)
 
-# %% ../../nbs/93b_parallel.jobs.ipynb #193a23dd
+# %% ../../nbs/93b_parallel.jobs.ipynb #1a0a8622
+@contextmanager
+def _own_code():
+    "Context manager: what is pickled has the code of the user's own modules with it, which other machines lack"
+    own = [m for name, m in list(sys.modules.items()) if isinstance(m, ModuleType) and getattr(m, '__file__', None)
+           and name not in ('__main__', '__mp_main__') and not is_library_module(name, m.__file__)]
+    for module in own: cloudpickle.register_pickle_by_value(module)
+    try: yield
+    finally:
+        for module in own: cloudpickle.unregister_pickle_by_value(module)
+
+# %% ../../nbs/93b_parallel.jobs.ipynb #129c3345
 def worker_count() -> int:
     "Number of tasks that run at once: 1, or what joblib's `parallel_config` says. Raises `TrainError` for threads."
     from joblib import Parallel, effective_n_jobs
@@ -44,7 +60,7 @@ def worker_count() -> int:
                          "parallel_config(backend='loky').")
     return n
 
-# %% ../../nbs/93b_parallel.jobs.ipynb #ee11703e
+# %% ../../nbs/93b_parallel.jobs.ipynb #a90aa30c
 def run_jobs(
     func,             # Function of a task
     tasks,            # Iterable of tasks; the next is asked for when a worker is free
@@ -57,7 +73,7 @@ def run_jobs(
     if worker_count() == 1: yield from ((task, func(task)) for task in tasks)
     else: yield from _Jobs(ShippedFunction(func), tasks, retries, lost, say)
 
-# %% ../../nbs/93b_parallel.jobs.ipynb #b48f6c1c
+# %% ../../nbs/93b_parallel.jobs.ipynb #1aec53bc
 class _Jobs:
     "Tasks that were given out, and how often each lost its worker"
     def __init__(self, func, tasks, retries, lost, say):
@@ -101,5 +117,5 @@ class _Jobs:
         if self.lost is None: raise failure from error
         self.lost(task, failure)
 
-# %% ../../nbs/93b_parallel.jobs.ipynb #1fa79119
+# %% ../../nbs/93b_parallel.jobs.ipynb #bd93348e
 def _numbered(func, i, task): return i, func(task)
