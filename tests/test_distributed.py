@@ -1,6 +1,7 @@
 """Two processes train as one with twice the batch size, and when one of them ends nothing is lost."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,26 +273,48 @@ def everything(learn):
                 torch.get_rng_state().sum(), [dl.rng.getstate() for dl in learn.dls.loaders], len(learn.cbs)])
 
 
-@pytest.mark.parametrize("how,message", [("killed", "process 1 of 2 ended: by the signal SIGKILL"),
-                                         ("error", "process 1 of 2 failed: RuntimeError: out of disk, say")])
-def test_a_process_ends_and_the_fit_is_resumed(how, message, workers, tmp_path):
-    def fit(learn, cbs=None, **kwargs): learn.fit_one_cycle(3, 1e-2, cbs=cbs, checkpoint=tmp_path / "kept", **kwargs)
-    whole = alone(pictures(32), lambda l: l.fit_one_cycle(3, 1e-2))
+def assert_ends(how, message, workers, folder):
+    "The fit ends in seconds with a message, and the learner is as before; gives the fit"
+    def fit(learn, folder, cbs=None, **kwargs): learn.fit_one_cycle(3, 1e-2, cbs=cbs, checkpoint=folder, **kwargs)
     learn = pictures(16)
-    alone(learn, lambda l: None if l.opt is not None else l.create_opt())
+    learn.create_opt()
     before, began = everything(learn), time.perf_counter()
-    with together(learn, workers), pytest.raises(TrainError, match=message) as error: fit(learn, Ends(how))
+    with together(learn, workers), pytest.raises(TrainError, match=message) as error: fit(learn, folder, Ends(how))
     assert time.perf_counter() - began < 30 and "resume=True" in str(error.value) and not workers.processes
     assert everything(learn) == before
-    assert list(checkpoints(tmp_path / "kept").epoch) == ["0001"], "process 0 wrote one, process 1 none"
-    if how == "error":
-        with together(learn, workers): fit(learn, resume=True)
-    else:
-        learn = alone(pictures(32), lambda l: fit(l, resume=True))
+    assert list(checkpoints(folder).epoch) == ["0001"], "process 0 wrote one, process 1 none"
+    return fit, learn
+
+
+def test_a_process_is_killed_and_the_fit_is_resumed(workers, tmp_path):
+    whole = alone(pictures(32), lambda l: l.fit_one_cycle(3, 1e-2))
+    fit, learn = assert_ends("killed", "process 1 of 2 ended: by the signal SIGKILL", workers, tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", tmp_path / "same")
+    with together(learn, workers): fit(learn, tmp_path / "kept", resume=True)
     assert_equal_training(whole, learn)
-    with pytest.raises(ValueError, match="batch size 32"): alone(pictures(16), lambda l: fit(l, resume=True))
+    assert list(checkpoints(tmp_path / "kept").epoch)[0] == "end"
+    # in one process with the whole batch too, and not with half of it
+    with pytest.raises(ValueError, match="batch size 32"):
+        alone(pictures(16), lambda l: fit(l, tmp_path / "same", resume=True))
+    assert_equal_training(whole, alone(pictures(32), lambda l: fit(l, tmp_path / "same", resume=True)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how,message", [("exit", "process 1 of 2 ended: with exit code 3"),
+                                         ("error", "process 1 of 2 failed: RuntimeError: out of disk, say")])
+def test_a_process_fails(how, message, workers, tmp_path): assert_ends(how, message, workers, tmp_path / "kept")
+
+
+@pytest.mark.slow
+def test_an_error_in_all_processes(workers):
+    learn = pictures(16)
+    learn.create_opt()
+    before = everything(learn)
+    with together(learn, workers), pytest.raises(TrainError, match="n_epoch must be"): learn.fit(-1)
+    assert everything(learn) == before
+
+
+@pytest.mark.slow
 def test_ctrl_c(workers):
     learn = pictures(16)
     learn.create_opt()
@@ -325,8 +348,6 @@ def test_a_learner_that_cannot_be_sent(workers):
     before = everything(learn)
     with together(learn, workers), pytest.raises(TrainError, match="cannot be sent"):
         learn.fit(1, cbs=Holds(threading.Lock()))
-    assert everything(learn) == before
-    with together(learn, workers), pytest.raises(TrainError, match="n_epoch must be"): learn.fit(-1)
     assert everything(learn) == before
 
 

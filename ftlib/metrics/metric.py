@@ -73,7 +73,7 @@ class SklearnMetric(Metric):
     def reset(self): self.preds, self.targets = [], []
 
     def accumulate(self, learn):
-        pred, y = to_detach(learn.pred, gather=False).as_subclass(torch.Tensor), to_detach(learn.y, gather=False)
+        pred, y = (to_detach(o, gather=False).as_subclass(torch.Tensor) for o in (learn.pred, learn.y))
         several = y.ndim > 1 and y.shape == pred.shape and pred.shape[1] > 1
         if _takes_probabilities(self.func):
             pred = probabilities(learn.loss_func, pred)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['common_objects', 'outcome', 'take_over']
 
-# %% ../../nbs/66c_train.outcome.ipynb #d2de5e28
+# %% ../../nbs/66c_train.outcome.ipynb #1a4b0dbe
 import io
 import pickle
 
@@ -14,7 +14,7 @@ import cloudpickle
 from ..persist.transaction import (
     learner_parts, load_training_state, random_states, restore_random_states, training_state)
 
-# %% ../../nbs/66c_train.outcome.ipynb #0e6c9c8e
+# %% ../../nbs/66c_train.outcome.ipynb #d1f91939
 # Attributes of a learner that a fit does not change, or that belong to one process
 _NOT_SENT = {'model', 'opt', 'dls', 'cbs', 'lock', 'workers', 'processes', 'features', 'logger', '_listeners',
              '_fit_plan'}
@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, number): return self.common[number]
 
-# %% ../../nbs/66c_train.outcome.ipynb #dd679fef
+# %% ../../nbs/66c_train.outcome.ipynb #7fe817a2
 def _packed(value, common):
     "A pickle, or None of what cannot be pickled"
     file = io.BytesIO()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join_group', 'move_to', 'serve', 'Workers']
 
-# %% ../../nbs/66d_train.workers.ipynb #5ff3707f
+# %% ../../nbs/66d_train.workers.ipynb #dccbf634
 import io
 import os
 import pickle
@@ -33,7 +33,7 @@ from ..system.interrupt import TrainingStopped, check_stop, stop_between_batches
 from .outcome import common_objects, outcome, take_over
 from .ranks import Ranks, trained_together
 
-# %% ../../nbs/66d_train.workers.ipynb #53da5030
+# %% ../../nbs/66d_train.workers.ipynb #7fb1cc82
 def join_group(
     rank:int, n:int,
     device,          # Of this process
@@ -57,7 +57,7 @@ def move_to(
     learn.dls.to(torch.device(device))
     learn.model.to(device)
 
-# %% ../../nbs/66d_train.workers.ipynb #ab0a5801
+# %% ../../nbs/66d_train.workers.ipynb #ee7e45b0
 def serve(
     folder,      # Where jobs and answers lie
     rank:int, n:int,
@@ -94,7 +94,7 @@ def _carried_out(job, ranks, device):
     with trained_together(learn, ranks, sync_bn): value = getattr(learn, method)(*args, **kwargs)
     return {} if ranks.rank else outcome(learn, cbs, common, value)
 
-# %% ../../nbs/66d_train.workers.ipynb #a9154021
+# %% ../../nbs/66d_train.workers.ipynb #109dd6da
 # What fastai's import warns of has been shown already
 _PROGRAM = """
 import sys, warnings
@@ -105,7 +105,7 @@ folder, rank, n, kind, timeout = sys.argv[1:]
 serve(folder, int(rank), int(n), kind, float(timeout))
 """
 
-# %% ../../nbs/66d_train.workers.ipynb #855f6944
+# %% ../../nbs/66d_train.workers.ipynb #9081d471
 class Workers:
     "Worker processes for the fits of a learner. They are started by the first fit, and again after an error."
     def __init__(self,
