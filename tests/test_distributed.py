@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -287,22 +288,22 @@ def assert_ends(how, message, workers, folder):
 
 
 def test_a_process_is_killed_and_the_fit_is_resumed(workers, tmp_path):
-    whole = alone(pictures(32), lambda l: l.fit_one_cycle(3, 1e-2))
-    fit, learn = assert_ends("killed", "process 1 of 2 ended: by the signal SIGKILL", workers, tmp_path / "kept")
-    shutil.copytree(tmp_path / "kept", tmp_path / "same")
-    with together(learn, workers): fit(learn, tmp_path / "kept", resume=True)
-    assert_equal_training(whole, learn)
-    assert list(checkpoints(tmp_path / "kept").epoch)[0] == "end"
-    # in one process with the whole batch too, and not with half of it
-    with pytest.raises(ValueError, match="batch size 32"):
-        alone(pictures(16), lambda l: fit(l, tmp_path / "same", resume=True))
-    assert_equal_training(whole, alone(pictures(32), lambda l: fit(l, tmp_path / "same", resume=True)))
+    whole, kept = alone(pictures(32), lambda l: l.fit_one_cycle(3, 1e-2)), tmp_path / "kept"
+    fit, _ = assert_ends("killed", "process 1 of 2 ended: by the signal SIGKILL", workers, kept)
+    # in one process with the whole batch, and not with half of it
+    with pytest.raises(ValueError, match="batch size 32"): alone(pictures(16), lambda l: fit(l, kept, resume=True))
+    assert_equal_training(whole, alone(pictures(32), lambda l: fit(l, kept, resume=True)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how,message", [("exit", "process 1 of 2 ended: with exit code 3"),
                                          ("error", "process 1 of 2 failed: RuntimeError: out of disk, say")])
-def test_a_process_fails(how, message, workers, tmp_path): assert_ends(how, message, workers, tmp_path / "kept")
+def test_a_process_fails_and_the_fit_is_resumed_by_both(how, message, workers, tmp_path):
+    whole, kept = alone(pictures(32), lambda l: l.fit_one_cycle(3, 1e-2)), tmp_path / "kept"
+    fit, learn = assert_ends(how, message, workers, kept)
+    with together(learn, workers): fit(learn, kept, resume=True)
+    assert_equal_training(whole, learn)
+    assert list(checkpoints(kept).epoch)[0] == "end"
 
 
 @pytest.mark.slow
@@ -377,16 +378,18 @@ if os.environ['RANK'] == '0':
 """
 
 
-def run(command, folder, *args, **kwargs):
+def script(folder):
     (folder / "script.py").write_text(SCRIPT.format(tests=os.path.dirname(__file__)))
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-    return subprocess.run([sys.executable, "-m", *command, folder / "script.py", *args], cwd=folder, env=env,
-                          capture_output=True, text=True, timeout=120, **kwargs)
+    return folder / "script.py"
 
 
-def assert_script_is_one(done, folder):
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ONLY ONCE") == 1
+def run(command, folder, *args):
+    return subprocess.run([sys.executable, "-m", *command, script(folder), *args], cwd=folder, capture_output=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"), text=True, timeout=120)
+
+
+def assert_script_is_one(printed, folder):
+    assert printed.count("ONLY ONCE") == 1, printed
     one = pictures(32, frozen=-1)
     def fit(learn):
         learn.fit_one_cycle(1, 1e-2)
@@ -407,14 +410,28 @@ def alone_preds(learn):
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def test_a_script_by_torchrun(tmp_path): assert_script_is_one(run(TORCHRUN, tmp_path), tmp_path)
+def test_a_script_in_each_process(tmp_path):
+    "With the environment that torchrun sets"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    both = [subprocess.Popen([sys.executable, script(tmp_path)], cwd=tmp_path, text=True, stderr=subprocess.PIPE,
+                             stdout=subprocess.PIPE, env=env | dict(RANK=r, LOCAL_RANK=r)) for r in "01"]
+    printed = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], printed[0][1][-3000:] + printed[1][1][-3000:]
+    assert_script_is_one(printed[0][0] + printed[1][0], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_script_by_torchrun(tmp_path): assert_script_is_one(run(TORCHRUN, tmp_path).stdout, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_script_by_accelerate(tmp_path):
     pytest.importorskip("accelerate")
     command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    assert_script_is_one(run(command, tmp_path), tmp_path)
+    assert_script_is_one(run(command, tmp_path).stdout, tmp_path)
 
 
 @pytest.mark.slow

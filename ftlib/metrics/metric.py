@@ -50,7 +50,8 @@ class WholeMetric(Metric):
     def reset(self): self.func.reset()
 
     def accumulate(self, learn):
-        pred, *targets = (to_detach(o, cpu=False, gather=False).as_subclass(torch.Tensor) for o in (learn.pred, *learn.yb))
+        pred, *targets = (to_detach(o, cpu=False, gather=False).as_subclass(torch.Tensor)
+                          for o in (learn.pred, *learn.yb))
         if hasattr(self.func, 'to'): self.func.to(pred.device)
         self.func.update(pred, *targets)
 
