@@ -1,7 +1,6 @@
 """Two processes train as one with twice the batch size, and when one of them ends nothing is lost."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,12 +25,14 @@ from torch import nn
 from ftlib.callbacks.best import BestWeights
 from ftlib.callbacks.budget import Budget
 from ftlib.callbacks.stopping import EarlyStopping
+from ftlib.callbacks.trackers import CSVLogger, SaveModelCallback
 from ftlib.data.images import image_data
 from ftlib.errors import TrainError
 from ftlib.models.cnn import cnn
 from ftlib.models.network import Body, Network, Normalize
 from ftlib.persist.checkpoint import checkpoints
 from ftlib.system.interrupt import TrainingStopped
+from ftlib.teach.distill import Distill
 from ftlib.train.distributed import distributed
 from ftlib.train.learner import Learner
 from ftlib.train.vision import vision_learner
@@ -162,6 +163,29 @@ def test_batches_that_cannot_be_divided_evenly(reduction, workers):
     one, two = alone(make(50), fit), make(25)  # the last batch has one image
     with together(two, workers): fit(two)
     assert_equal_training(one, two, 1e-4 if reduction == "mean" else 1e-3)
+
+
+OTHERS = {"micro-batches": lambda l: setattr(l, "microbatch_size", 5) or l.fit(1, 1e-2),
+          "distillation": lambda l: l.fit(2, 1e-2, cbs=Distill(teacher())),
+          "files": lambda l: l.fit(4, .1, cbs=[SaveModelCallback(fname="best"), CSVLogger(fname="rows.csv")])}
+
+
+def teacher():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_callbacks_and_micro_batches(name, workers, tmp_path):
+    one, two = (pictures(bs, frozen=-1 if name == "distillation" else 0) for bs in (32, 16))
+    for learn, folder in ((one, "one"), (two, "two")):
+        learn.path = tmp_path / folder
+        with together(learn, workers if learn is two else None): OTHERS[name](learn)
+    assert_equal_training(one, two)
+    if name == "files":
+        assert sorted(p.name for p in (tmp_path / "two").rglob("*.*")) == ["best.pth", "rows.csv"]
+        assert len(pd.read_csv(tmp_path / "two/rows.csv")) == 4
+        two.load("best", with_opt=False)
 
 
 def test_accumulated_gradients(workers):
@@ -366,8 +390,9 @@ learn = pictures(16, frozen=-1)
 with learn.no_bar(), learn.distributed():
     learn.fit_one_cycle(1, 1e-2)
     learn.unfreeze()
-    if len(sys.argv) > 1: learn.fit_one_cycle(2, 1e-2, checkpoint=sys.argv[1], cbs=Ends(sys.argv[2]))
-    learn.fit_one_cycle(2, 1e-2)
+    if len(sys.argv) > 1 and sys.argv[2] != "resume":
+        learn.fit_one_cycle(2, 1e-2, checkpoint=sys.argv[1], cbs=Ends(sys.argv[2]))
+    learn.fit_one_cycle(2, 1e-2, checkpoint=None if len(sys.argv) == 1 else sys.argv[1], resume=len(sys.argv) > 1)
     preds, targets = learn.get_preds()
     inputs = learn.get_preds(with_input=True)[0]
     print('ONLY ONCE')
@@ -410,17 +435,33 @@ def alone_preds(learn):
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def test_a_script_in_each_process(tmp_path):
-    "With the environment that torchrun sets"
+def both(folder, *args):
+    "The script in two processes with the environment that torchrun sets; gives what they print, errors last"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    both = [subprocess.Popen([sys.executable, script(tmp_path)], cwd=tmp_path, text=True, stderr=subprocess.PIPE,
-                             stdout=subprocess.PIPE, env=env | dict(RANK=r, LOCAL_RANK=r)) for r in "01"]
-    printed = [p.communicate(timeout=120) for p in both]
-    assert [p.returncode for p in both] == [0, 0], printed[0][1][-3000:] + printed[1][1][-3000:]
-    assert_script_is_one(printed[0][0] + printed[1][0], tmp_path)
+    started = [subprocess.Popen([sys.executable, script(folder), *args], cwd=folder, text=True, stderr=subprocess.PIPE,
+                                stdout=subprocess.PIPE, env=env | dict(RANK=r, LOCAL_RANK=r)) for r in "01"]
+    printed = [p.communicate(timeout=120) for p in started]
+    return [p.returncode for p in started], printed[0][0] + printed[1][0], printed[0][1]
+
+
+def test_a_script_in_each_process(tmp_path):
+    codes, printed, errors = both(tmp_path)
+    assert codes == [0, 0], errors[-3000:]
+    assert_script_is_one(printed, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_script_whose_process_is_killed_is_resumed(tmp_path):
+    codes, printed, errors = both(tmp_path, tmp_path / "kept", "killed")
+    assert codes[0] == 1 and codes[1] == -9 and "ONLY" not in printed
+    last = errors.strip().splitlines()[-1]
+    assert "TrainError: process 0 of 2 cannot reach the others" in last and "resume=True" in last
+    codes, printed, errors = both(tmp_path, tmp_path / "kept", "resume")
+    assert codes == [0, 0], errors[-3000:]
+    assert_script_is_one(printed, tmp_path)
 
 
 @pytest.mark.slow

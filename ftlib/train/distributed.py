@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_processes', 'launched', 'distributed']
 
-# %% ../../nbs/66_train.distributed.ipynb #58c881c8
+# %% ../../nbs/66_train.distributed.ipynb #8124d28f
 import os
 from contextlib import contextmanager
 
@@ -16,7 +16,7 @@ from ..errors import TrainError
 from .ranks import Ranks, check_divisible, trained_together
 from .workers import Workers, join_group, move_to
 
-# %% ../../nbs/66_train.distributed.ipynb #aa445be7
+# %% ../../nbs/66_train.distributed.ipynb #8bded5d7
 def check_processes(
     n,       # Number of processes
     device,  # Of the batches
@@ -31,12 +31,12 @@ def check_processes(
         raise TrainError(f'{n} processes need {n} {"GPUs" if gpu else "CPU cores"}, and this machine has {most}: use '
                          f'learn.distributed({most}), or a script on several machines (torchrun).')
 
-# %% ../../nbs/66_train.distributed.ipynb #5cbfc252
+# %% ../../nbs/66_train.distributed.ipynb #c13b62bb
 def launched() -> bool:
     "Was this process started by torchrun or `accelerate launch`, with others?"
     return 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1
 
-# %% ../../nbs/66_train.distributed.ipynb #69751a15
+# %% ../../nbs/66_train.distributed.ipynb #ef4a6191
 @contextmanager
 def distributed(
     learn,           # A learner
@@ -49,12 +49,14 @@ def distributed(
     the batch (`sync_bn`), losses that weight classes, and random numbers within the network (dropout, MixUp).
 
     Metrics, early stopping and the best weights are those of the whole validation set; process 0 writes checkpoints
-    and prints. Callbacks see the share of their process; files that they write are written by each. If a process
-    fails, the others end, a `TrainError` says why, and in a notebook the learner is as before that fit."""
+    and prints. Callbacks see the share of their process; files of your own callbacks are written by each. In a notebook
+    the fits and `lr_find` go to the processes, predictions stay; what a callback changes in `learn.dls` is not brought
+    back. If a process fails, the others end, a `TrainError` says why, and in a notebook the learner is as before."""
     if learn.workers is not None or learn.processes is not None:
         raise TrainError('learn.distributed is active already: use one `with` block for all fits.')
     device = torch.device(getattr(learn.dls, 'device', None) or 'cpu')
     if n is not None: check_processes(n, device)
+    if not timeout > 0: raise TrainError(f'timeout={timeout!r}: give a number of seconds above 0.')
     if sync_bn and device.type != 'cuda':
         raise TrainError("sync_bn=True needs GPUs: PyTorch's SyncBatchNorm does not run on the CPU. There, use "
                          "bn='still', or a larger batch size.")
@@ -72,7 +74,7 @@ def distributed(
             workers, learn.workers = learn.workers, None
             if workers is not None: workers.close()
 
-# %% ../../nbs/66_train.distributed.ipynb #77d9c486
+# %% ../../nbs/66_train.distributed.ipynb #1c51a7e6
 @contextmanager
 def _joined(learn, n, device, sync_bn, timeout):
     "Context manager in which this process trains with those that were started with it"

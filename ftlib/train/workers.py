@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join_group', 'move_to', 'serve', 'Workers']
 
-# %% ../../nbs/66d_train.workers.ipynb #dccbf634
+# %% ../../nbs/66d_train.workers.ipynb #793fbe10
 import io
 import os
 import pickle
@@ -33,7 +33,7 @@ from ..system.interrupt import TrainingStopped, check_stop, stop_between_batches
 from .outcome import common_objects, outcome, take_over
 from .ranks import Ranks, trained_together
 
-# %% ../../nbs/66d_train.workers.ipynb #7fb1cc82
+# %% ../../nbs/66d_train.workers.ipynb #fa1604bc
 def join_group(
     rank:int, n:int,
     device,          # Of this process
@@ -53,11 +53,11 @@ def move_to(
     device,  # Of this process
 ):
     "Move the batches and the network of a learner to a device."
-    if learn.dls.device is not None and torch.device(learn.dls.device) == torch.device(device): return
+    if torch.device(device).type == 'cpu': return
     learn.dls.to(torch.device(device))
     learn.model.to(device)
 
-# %% ../../nbs/66d_train.workers.ipynb #ee7e45b0
+# %% ../../nbs/66d_train.workers.ipynb #e05d2a81
 def serve(
     folder,      # Where jobs and answers lie
     rank:int, n:int,
@@ -94,7 +94,7 @@ def _carried_out(job, ranks, device):
     with trained_together(learn, ranks, sync_bn): value = getattr(learn, method)(*args, **kwargs)
     return {} if ranks.rank else outcome(learn, cbs, common, value)
 
-# %% ../../nbs/66d_train.workers.ipynb #109dd6da
+# %% ../../nbs/66d_train.workers.ipynb #20d1ae8e
 # What fastai's import warns of has been shown already
 _PROGRAM = """
 import sys, warnings
@@ -105,7 +105,7 @@ folder, rank, n, kind, timeout = sys.argv[1:]
 serve(folder, int(rank), int(n), kind, float(timeout))
 """
 
-# %% ../../nbs/66d_train.workers.ipynb #9081d471
+# %% ../../nbs/66d_train.workers.ipynb #8ac51a0d
 class Workers:
     "Worker processes for the fits of a learner. They are started by the first fit, and again after an error."
     def __init__(self,
@@ -123,7 +123,8 @@ class Workers:
         threads = max(1, torch.get_num_threads() // self.n)
         env = os.environ | dict(PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path),
                                 OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED='1')
-        self.processes = [self._started(rank, env) for rank in range(self.n)]
+        # by $RANK fastai knows that only process 0 saves and logs
+        self.processes = [self._started(rank, env | dict(RANK=str(rank))) for rank in range(self.n)]
         threading.Thread(target=self._read_lines, args=(self.processes[0].stdout,), daemon=True).start()
 
     def _started(self, rank, env):
