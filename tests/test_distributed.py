@@ -122,6 +122,7 @@ def assert_equal_training(one, two, tol=1e-4, columns=COLUMNS):
 FITS = {"all stages": (dict(), lambda l: l.fit_one_cycle(2, 1e-2)),
         "features": (dict(frozen=-1), lambda l: l.fit_one_cycle(2, 1e-2)),
         "features, augmented": (dict(frozen=-2, augment="default"), lambda l: l.fit_one_cycle(3, 1e-2)),
+        "loaders with workers": (dict(augment="light", num_workers=2), lambda l: l.fit(1, 1e-2)),
         "classes drawn equally often": (dict(balance="sampler"), lambda l: l.fit(1, 1e-2))}
 
 

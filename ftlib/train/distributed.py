@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_processes', 'launched', 'distributed']
 
-# %% ../../nbs/66_train.distributed.ipynb #8124d28f
+# %% ../../nbs/66_train.distributed.ipynb #98018955
 import os
 from contextlib import contextmanager
 
@@ -16,7 +16,7 @@ from ..errors import TrainError
 from .ranks import Ranks, check_divisible, trained_together
 from .workers import Workers, join_group, move_to
 
-# %% ../../nbs/66_train.distributed.ipynb #8bded5d7
+# %% ../../nbs/66_train.distributed.ipynb #f6651bbd
 def check_processes(
     n,       # Number of processes
     device,  # Of the batches
@@ -31,12 +31,12 @@ def check_processes(
         raise TrainError(f'{n} processes need {n} {"GPUs" if gpu else "CPU cores"}, and this machine has {most}: use '
                          f'learn.distributed({most}), or a script on several machines (torchrun).')
 
-# %% ../../nbs/66_train.distributed.ipynb #c13b62bb
+# %% ../../nbs/66_train.distributed.ipynb #4f9f1a87
 def launched() -> bool:
     "Was this process started by torchrun or `accelerate launch`, with others?"
     return 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1
 
-# %% ../../nbs/66_train.distributed.ipynb #ef4a6191
+# %% ../../nbs/66_train.distributed.ipynb #02a168e7
 @contextmanager
 def distributed(
     learn,           # A learner
@@ -45,8 +45,8 @@ def distributed(
     timeout:float=600., # Seconds that a process waits for the others before it raises an error
 ):
     """Context manager in which several processes train `learn`, each with `bs` images of a batch. After a fit the
-    learner is what one process with `n` times the batch size would give, but for batch norms whose statistics are of
-    the batch (`sync_bn`), losses that weight classes, and random numbers within the network (dropout, MixUp).
+    learner is what one process with `n` times the batch size would give, but for batch norms that train, as those of
+    fastai's head do (`sync_bn`), losses that weight classes, and random numbers within a batch (dropout, MixUp).
 
     Metrics, early stopping and the best weights are those of the whole validation set; process 0 writes checkpoints
     and prints. Callbacks see the share of their process; files of your own callbacks are written by each. In a notebook
@@ -74,7 +74,7 @@ def distributed(
             workers, learn.workers = learn.workers, None
             if workers is not None: workers.close()
 
-# %% ../../nbs/66_train.distributed.ipynb #1c51a7e6
+# %% ../../nbs/66_train.distributed.ipynb #97c78315
 @contextmanager
 def _joined(learn, n, device, sync_bn, timeout):
     "Context manager in which this process trains with those that were started with it"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ranks', 'AverageGradients', 'SyncBatches', 'synchronized_batch_norm', 'trained_together']
 
-# %% ../../nbs/66b_train.ranks.ipynb #4d3ec2d8
+# %% ../../nbs/66b_train.ranks.ipynb #064b2439
 import os
 from contextlib import contextmanager, redirect_stdout
 
@@ -22,7 +22,7 @@ from ..persist.transaction import (
     load_training_state, random_states, restore_random_states, training_state)
 from .shares import ShareDL, check_divisible
 
-# %% ../../nbs/66b_train.ranks.ipynb #9834a991
+# %% ../../nbs/66b_train.ranks.ipynb #52195ed8
 class Ranks:
     """The processes that train one learner together: the number of this one, how many there are, and what they tell
     each other. A call raises `TrainError` if another process has ended."""
@@ -75,7 +75,7 @@ class Ranks:
         if getattr(getattr(learn, 'gather_preds', None), 'with_input', False): return dl
         return ShareDL(dl, self, drop_broken=validates and not hasattr(learn, 'gather_preds'))
 
-# %% ../../nbs/66b_train.ranks.ipynb #638bf9f4
+# %% ../../nbs/66b_train.ranks.ipynb #a5a01dc4
 class AverageGradients(Callback):
     """Average the gradients over the processes before each step, weighted by their numbers of images. Does nothing
     outside `learn.distributed`."""
@@ -105,7 +105,7 @@ class AverageGradients(Callback):
             if p.grad is not None: p.grad.copy_(g.view_as(p))
             elif there: p.grad = g.view_as(p).to(p.dtype)
 
-# %% ../../nbs/66b_train.ranks.ipynb #00588e50
+# %% ../../nbs/66b_train.ranks.ipynb #04b3c0bf
 class SyncBatches(Callback):
     """After each batch: the loss of the whole batch, the same batch-norm statistics, and in a validation all
     predictions in every process. Does nothing outside `learn.distributed`."""
@@ -155,7 +155,7 @@ class SyncBatches(Callback):
         learn.pred, learn.yb = apply(whole, learn.pred), tuple(apply(whole, learn.yb))
         if len(learn.yb): learn.loss = learn.loss_func(learn.pred, *learn.yb).as_subclass(torch.Tensor)
 
-# %% ../../nbs/66b_train.ranks.ipynb #dd971f2e
+# %% ../../nbs/66b_train.ranks.ipynb #f4be170c
 @contextmanager
 def synchronized_batch_norm(
     model,  # A network on a GPU
@@ -173,7 +173,7 @@ def synchronized_batch_norm(
             m.train(synced.training)
             setattr(parent, name, m)
 
-# %% ../../nbs/66b_train.ranks.ipynb #d215fe8b
+# %% ../../nbs/66b_train.ranks.ipynb #9fbbfc7a
 @contextmanager
 def trained_together(
     learn,  # The learner of this process
@@ -195,7 +195,7 @@ def trained_together(
             learn.remove_cbs(cbs)
             learn.processes = None
 
-# %% ../../nbs/66b_train.ranks.ipynb #50261b14
+# %% ../../nbs/66b_train.ranks.ipynb #85be3e44
 def _check_same_data(learn, ranks):
     "Do all processes have the same number of images and the same batch size?"
     for i, dl in enumerate(learn.dls.loaders): check_divisible(dl, ranks.n, train=i == 0)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['join_group', 'move_to', 'serve', 'Workers']
 
-# %% ../../nbs/66d_train.workers.ipynb #793fbe10
+# %% ../../nbs/66d_train.workers.ipynb #66284651
 import io
 import os
 import pickle
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from ..system.interrupt import TrainingStopped, check_stop, stop_between_batches
 from .outcome import common_objects, outcome, take_over
 from .ranks import Ranks, trained_together
 
-# %% ../../nbs/66d_train.workers.ipynb #fa1604bc
+# %% ../../nbs/66d_train.workers.ipynb #396fafdd
 def join_group(
     rank:int, n:int,
     device,          # Of this process
@@ -57,7 +58,7 @@ def move_to(
     learn.dls.to(torch.device(device))
     learn.model.to(device)
 
-# %% ../../nbs/66d_train.workers.ipynb #e05d2a81
+# %% ../../nbs/66d_train.workers.ipynb #542d47f2
 def serve(
     folder,      # Where jobs and answers lie
     rank:int, n:int,
@@ -66,7 +67,7 @@ def serve(
 ):
     "What a worker process does: carry out the jobs whose names come by the standard input, until that ends."
     jobs = queue.Queue()
-    threading.Thread(target=_read_names, args=(jobs,), daemon=True).start()
+    threading.Thread(target=_read_names, args=(jobs, folder), daemon=True).start()
     device = f'cuda:{rank}' if kind == 'cuda' else 'cpu'
     ranks = join_group(rank, n, device, (Path(folder).absolute()/'meet').as_uri(), timeout)
     while True:
@@ -77,10 +78,15 @@ def serve(
         with atomic_write(job.with_suffix(f'.{rank}')) as f: f.write(pickle.dumps(answer))
 
 
-def _read_names(jobs):
-    "The end of the input is that of the process that started this one: there is nobody left to work for"
-    for line in sys.stdin: jobs.put(line.strip())
+def _read_names(jobs, folder):
+    """The end of the input is that of the process that started this one: there is nobody left to work for. `sys.stdin`
+    is not read, for its lock would be held in the workers of a loader, which are forked"""
+    while name := os.read(0, _NAME): jobs.put(name.decode().strip())
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
+
+
+_NAME = 16  # Bytes of the name of a job; a pipe gives so few as they were written
 
 
 def _carried_out(job, ranks, device):
@@ -94,7 +100,7 @@ def _carried_out(job, ranks, device):
     with trained_together(learn, ranks, sync_bn): value = getattr(learn, method)(*args, **kwargs)
     return {} if ranks.rank else outcome(learn, cbs, common, value)
 
-# %% ../../nbs/66d_train.workers.ipynb #20d1ae8e
+# %% ../../nbs/66d_train.workers.ipynb #6e576c34
 # What fastai's import warns of has been shown already
 _PROGRAM = """
 import sys, warnings
@@ -105,7 +111,7 @@ folder, rank, n, kind, timeout = sys.argv[1:]
 serve(folder, int(rank), int(n), kind, float(timeout))
 """
 
-# %% ../../nbs/66d_train.workers.ipynb #8ac51a0d
+# %% ../../nbs/66d_train.workers.ipynb #7d8b00f4
 class Workers:
     "Worker processes for the fits of a learner. They are started by the first fit, and again after an error."
     def __init__(self,
@@ -195,7 +201,7 @@ class Workers:
 
     def _tell(self, p, job):
         try:
-            p.stdin.write(f'{job.name}\n'.encode())
+            p.stdin.write(job.name.ljust(_NAME).encode())
             p.stdin.flush()
         except OSError: pass  # it has ended, which `_answers` reports
 
