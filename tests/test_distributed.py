@@ -154,6 +154,37 @@ def test_several_fits_and_a_sweep(workers):
     np.testing.assert_allclose(found[0].curve.loss, found[1].curve.loss, rtol=1e-3)
 
 
+def test_what_was_before_and_what_comes_next(workers):
+    "Earlier best weights go along, and the random states come back"
+    one, two = pictures(32), pictures(16)
+    for learn in (one, two):
+        learn.seed = None
+        alone(learn, lambda l: l.fit(2, 1e-3) if l is one else None)
+    two.dls.train.bs = 32
+    alone(two, lambda l: l.fit(2, 1e-3))
+    two.dls.train.bs = 16
+    alone(one, lambda l: l.fit(1, 50.))
+    with together(two, workers): two.fit(1, 50.)  # worse by far
+    assert one.best_weights.states.keys() == two.best_weights.states.keys() and len(two.best_weights.states)
+    assert [dl.rng.getstate() for dl in one.dls.loaders] == [dl.rng.getstate() for dl in two.dls.loaders]
+    assert len(one.recorder.losses) == len(two.recorder.losses)
+    for learn in (one, two): alone(learn, lambda l: l.restore_best())
+    for k, v in state(one).items(): torch.testing.assert_close(v, state(two)[k], atol=1e-4, rtol=0)
+
+
+def test_features_are_computed_in_shares(workers):
+    two = pictures(16, frozen=-1)
+    with together(two, workers): two.fit(1, 1e-3, cbs=InShares())
+
+
+class InShares(Callback):
+    "Are there two blocks of features, one of them from the other process?"
+    uses_images = False
+    def before_fit(self):
+        blocks = [[len(b) for b in dl.views[0].blocks] for _, dl in self.learn.features.pairs]
+        assert blocks[0][:2] == [120, 120] and blocks[1][-2:] == [30, 30], blocks
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_batches_that_cannot_be_divided_evenly(reduction, workers):
     def make(bs):
@@ -245,8 +276,14 @@ def test_early_stopping_is_agreed(workers):
 
 def test_a_budget_ends_all_processes(workers):
     two = pictures(16)
-    with together(two, workers): two.fit(1000, 1e-3, cbs=Budget(.02))
+    with together(two, workers): two.fit(1000, 1e-3, cbs=[Budget(.02), OtherTime()])
     assert 0 < len(two.history) < 1000 and two.history.attrs["stopped"] == "budget"
+
+
+class OtherTime(Callback):
+    "Process 1 would go on for much longer"
+    def before_fit(self):
+        if self.learn.processes.rank: self.learn.budget.minutes *= 100
 
 
 def test_fine_tune(workers):
