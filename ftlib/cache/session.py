@@ -76,6 +76,8 @@ def on_features(
         try: session = _session(learn, train, valid, views, store)
         except IdentityError as e: why = str(e)
         except StoreError as e:
+            # the others would go on with features
+            if getattr(learn, 'processes', None) is not None: raise
             why = f'there is no space for features in memory, and they cannot be stored on the disk ({e})'
     if why and why != NOTHING_FROZEN:
         print(f'Features are not cached, the frozen stages are computed in each epoch: {why}.')
@@ -90,6 +92,7 @@ def _session(learn, train, valid, views, store):
         n = views if i == 0 and is_random(dl) else 1
         names, turns = image_names(dl), dict.fromkeys(t % n for t in train) if i == 0 else [0]
         bar = shows_bars() and not getattr(getattr(learn, 'progress', None), 'hidden', True)
-        found = [cached_features(net, dl, names, v, getattr(learn, 'precision', 'fp32'), store, bar) for v in turns]
+        found = [cached_features(net, dl, names, v, getattr(learn, 'precision', 'fp32'), store, bar,
+                                 getattr(learn, 'processes', None)) for v in turns]
         pairs.append((dl, FeatureDL(dl, found, names, targets_of(dl), numbers=turns, stage=net.frozen)))
     return FeatureSession(net, pairs, time.perf_counter() - start) if pairs else None

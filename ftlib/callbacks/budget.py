@@ -31,6 +31,10 @@ class Budget(Callback):
         now = time.perf_counter()
         self.begin, self.validation, self.steps, self.seconds = now if self.start is None else self.start, None, 0, 0.
 
+    def _agreed(self, value):
+        "As process 0 has it, in a training over several processes"
+        return value if getattr(self.learn, 'processes', None) is None else self.learn.agree(value)
+
     def _spent(self): return time.perf_counter() - self.begin
 
     def _for_validation(self):
@@ -44,13 +48,13 @@ class Budget(Callback):
         "Share of the time for training that has passed, from 0 to 1"
         return min(1., self._spent() / max(60 * self.minutes - self._for_validation(), 1e-9))
 
-    def before_train(self): self.step_start, self.learn.pct_train = time.perf_counter(), self.share
+    def before_train(self): self.step_start, self.learn.pct_train = time.perf_counter(), self._agreed(self.share)
 
     def after_batch(self):
         now = time.perf_counter()
         self.steps, self.seconds, self.step_start = self.steps + 1, self.seconds + now - self.step_start, now
-        self.learn.pct_train = self.share  # schedules read it before the next step
-        if self.share >= 1: raise CancelTrainException
+        self.learn.pct_train = self._agreed(self.share)  # schedules read it before the next step
+        if self.learn.pct_train >= 1: raise CancelTrainException
 
     def after_cancel_train(self): self.learn.recorder.cancel_train = False  # the steps of the last epoch count
 
@@ -60,7 +64,8 @@ class Budget(Callback):
     def after_epoch(self):
         "End the fit if there is no time for another step and its validation"
         step = self.seconds / max(self.steps, 1)
-        if self.share < 1 and self._spent() + step + self._for_validation() <= 60 * self.minutes: return
+        enough = self.share < 1 and self._spent() + step + self._for_validation() <= 60 * self.minutes
+        if self._agreed(enough): return
         log = getattr(self.learn, 'epoch_log', None)
         if log is not None: log.stopped = 'budget'
         raise CancelFitException

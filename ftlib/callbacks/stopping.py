@@ -87,7 +87,7 @@ class EarlyStopping(MonitorCallback):
         "The factor for a step of this epoch in a cooldown: a cosine from the rates of the best epoch to zero"
         if self.cooling is None: return
         first, last = self.cooling
-        done = (self.learn.epoch - first + step / len(self.learn.dls.train)) / (last - first + 1)
+        done = (self.learn.epoch - first + step / self.learn.n_iter) / (last - first + 1)
         rates_of(self.learn).factor('cooldown', max((1 + np.cos(np.pi * done)) / 2, 1e-9))
 
     def _comes_down(self):

@@ -140,7 +140,8 @@ def usual_lr(
     frozen = getattr(learn.model, 'frozen', 0)
     if frozen and frozen == len(learn.model.stages): return HEAD_LR
     lr, bs = MOVING_LR if moves_statistics(learn.model) else WHOLE_LR, getattr(learn.dls.train, 'bs', None)
-    return lr * min(1., ((bs or 32) / 32) ** .5)
+    bs = (bs or 32) * getattr(learn, 'n_processes', 1)
+    return lr * min(1., (bs / 32) ** .5)
 
 # %% ../../nbs/48_lr.finder.ipynb #56a1bd1b
 class LRSweep(Callback):
@@ -179,8 +180,9 @@ class LRSweep(Callback):
 
     def after_loss(self):
         with torch.no_grad(): start = self.learn.loss_func(self.baseline_pred, *self.learn.yb).mean()
-        self.losses.append(float(self.learn.loss.detach().mean()))
-        self.start.append(float(start))
+        losses = torch.stack([self.learn.loss.detach().mean(), start.to(self.learn.loss)])
+        losses = self.learn.mean_over_processes(losses)
+        for seen, loss in zip((self.losses, self.start), losses.tolist()): seen.append(loss)
         if len(self.losses) == len(self.lrs) or not np.isfinite(self.losses[-1]) or self._exploded():
             raise CancelFitException
 
@@ -212,7 +214,7 @@ def sweep(
     try:
         with preserve_learner(learn):
             learn.cbs = L(o for o in learn.cbs if not isinstance(o, CSVLogger))
-            with learn.no_logging(): FastaiLearner.fit(learn, len(lrs) // len(learn.dls.train) + 1, cbs=cb)
+            with learn.no_logging(): FastaiLearner.fit(learn, len(lrs) // learn.steps_per_epoch + 1, cbs=cb)
     finally:
         if fresh: learn.opt = None
         if cb.hook is not None: cb.hook.remove()
@@ -227,7 +229,7 @@ def _affordable(learn, epochs):
     if epochs is None: return None
     if not isinstance(epochs, (int, np.integer)) or epochs < 1:
         raise RateError(f'for_epochs={epochs!r}: give an integer number of epochs, 1 or more.')
-    return int(.125 * .75 * epochs * len(learn.dls.train))
+    return int(.125 * .75 * epochs * learn.steps_per_epoch)
 
 # %% ../../nbs/48_lr.finder.ipynb #fc564066
 def find_lr(
@@ -267,6 +269,6 @@ def _found(learn, start_lr, end_lr, num_it, stop_div, ratios, for_epochs):
     if num_it is not None and (not isinstance(num_it, (int, np.integer)) or num_it < 1):
         raise RateError(f'num_it={num_it!r}: give a whole number of steps, 50 or more for a curve that can be read.')
     if steps < 10:
-        curve = NoSweep(steps if num_it is not None else for_epochs * len(learn.dls.train), usual, num_it is not None)
+        curve = NoSweep(steps if num_it is not None else for_epochs * learn.steps_per_epoch, usual, num_it is not None)
     else: curve = sweep(learn, np.geomspace(lo, hi, steps), ratios, stop_div)
     return SuggestedLRs.read(curve, ratios / ratios[-1])

@@ -24,7 +24,7 @@ class MeanMetric(AvgMetric):
     the epoch"""
     def accumulate(self, learn):
         bs = find_bs(learn.yb)
-        self.total, self.count = self.total + to_detach(self.func(learn.pred, *learn.yb),
+        self.total, self.count = self.total + to_detach(self.func(learn.pred, *learn.yb), gather=False,
                                                         cpu=False) * bs, self.count + bs
 
     @property
@@ -50,7 +50,8 @@ class WholeMetric(Metric):
     def reset(self): self.func.reset()
 
     def accumulate(self, learn):
-        pred, *targets = (to_detach(o, cpu=False).as_subclass(torch.Tensor) for o in (learn.pred, *learn.yb))
+        pred, *targets = (to_detach(o, cpu=False, gather=False).as_subclass(torch.Tensor)
+                          for o in (learn.pred, *learn.yb))
         if hasattr(self.func, 'to'): self.func.to(pred.device)
         self.func.update(pred, *targets)
 
@@ -73,7 +74,7 @@ class SklearnMetric(Metric):
     def reset(self): self.preds, self.targets = [], []
 
     def accumulate(self, learn):
-        pred, y = to_detach(learn.pred).as_subclass(torch.Tensor), to_detach(learn.y)
+        pred, y = (to_detach(o, gather=False).as_subclass(torch.Tensor) for o in (learn.pred, learn.y))
         several = y.ndim > 1 and y.shape == pred.shape and pred.shape[1] > 1
         if _takes_probabilities(self.func):
             pred = probabilities(learn.loss_func, pred)

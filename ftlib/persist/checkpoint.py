@@ -52,7 +52,9 @@ def fit_fingerprint(
     about['layers'] = _layers(learn.model)
     about['network'] = digest(*(f'{k} {tuple(v.shape)} {v.dtype}' for k, v in learn.model.state_dict().items()))
     about['frozen groups'] = getattr(learn.opt, 'frozen_idx', 0)
-    about['batch size'], about['training images'] = getattr(train, 'bs', None), len(train.dataset)
+    bs = getattr(train, 'bs', None)  # of one step: two processes with 32 images each may go on as one with 64
+    about['batch size'] = bs and bs * getattr(learn, 'n_processes', 1)
+    about['training images'] = len(train.dataset)
     about['images, labels and transforms'] = [_images(dl) for dl in learn.dls.loaders]
     return about
 
@@ -217,6 +219,7 @@ class Checkpoint:
         at = 'end' if end else f'{epoch:04}' + (f'.{step:06}' if step else '')
         stem = f'{self.fit:02}-{at}'
         if not step: self._judge(learn, stem)
+        if getattr(getattr(learn, 'processes', None), 'rank', 0): return  # process 0 writes for all
         policy = learn.precision_policy
         state = dict(version=_VERSION, about=self.about, epoch=epoch, step=step, end=end, before=self.before,
                      best=self.best, start=start,

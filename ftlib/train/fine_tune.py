@@ -111,6 +111,9 @@ def fine_tune(
             raise TrainError(f'{name}={n!r}: give an integer number of epochs, 0 or more.')
     if minutes is not None and kwargs.get('checkpoint') is not None:
         raise TrainError('minutes= is not resumed from a checkpoint: the time is of this machine. Give epochs.')
+    if minutes is not None and learn.processes is not None:
+        raise TrainError('minutes= plans by the speed of one process: give epochs in a script that torchrun or '
+                         'accelerate has started, or use learn.distributed(2) from one process.')
     run = _Run(learn, lr, freeze_to, kwargs, minutes)
     with stop_between_batches():
         try: run.train(epochs, freeze_epochs)

@@ -18,7 +18,7 @@ from fastai.callback import hook  # noqa: F401  gives fastai's Learner its `summ
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import join_path_file, save_model
 from fastai.optimizer import Adam
-from fastai.torch_core import default_device
+from fastai.torch_core import default_device, rank_distrib
 from fastcore.basics import defaults
 from fastcore.foundation import L
 
@@ -38,7 +38,7 @@ from ..lr.finder import find_lr
 from ..lr.rates import LearningRates
 from ..models.precision import as_precision_policy
 from ..callbacks.progress import Progress
-from ..system.console import literal_titles, say
+from ..system.console import close_unseen, literal_titles, say
 from ..persist.transaction import (
     preserve_attributes, kept_callbacks, preserve_modes, preserve_rng, optimizer_state, load_optimizer_state,
     load_training_state, training_state, learner_parts)
@@ -95,7 +95,7 @@ class Learner(LearnerMethods, PredictLearner):
         self('after_create')
 
     # a copy that is made during a fit has images
-    def __getstate__(self): return super().__getstate__() | dict(features=None)
+    def __getstate__(self): return super().__getstate__() | dict(features=None, processes=None, workers=None)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -106,6 +106,7 @@ class Learner(LearnerMethods, PredictLearner):
         `path/model_dir/{file}.pth`."""
         file = join_path_file(file, self.path/self.model_dir, ext='.pth')
         if not isinstance(file, Path): return super().save(file, **kwargs)
+        if rank_distrib(): return file  # of the processes that torchrun has started, fastai lets the first one write
         with self.lock.turn(), atomic_write(file) as f: save_model(f, self.model, self.opt, **kwargs)
         return file
 
@@ -138,12 +139,15 @@ class Learner(LearnerMethods, PredictLearner):
         "fastai's `export`, but atomic; the learner is not changed."
         if not hasattr(self.dls, 'new_empty') or not all(hasattr(dl, 'new') for dl in self.dls.loaders):
             raise TrainError(_NEEDS.format('export', type(self.dls.train).__name__))
+        if rank_distrib(): return
         with (self.lock.turn(), preserve_attributes(self), held_session(self),
               atomic_write(self.path.absolute()/fname) as f):
             super().export(f.name, **kwargs)
 
     def _fit(self, n_epoch, lr, scheds, wd, cbs, *args, **kwargs):
         check_mixing(self, [*self.cbs, *L(cbs)])
+        if self.workers is not None:
+            return self.workers.call(self, '_fit', n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
         with self.lock.turn(trains=True), torch.enable_grad(), kept_callbacks(self):
             super()._fit(n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
 
@@ -170,6 +174,13 @@ class Learner(LearnerMethods, PredictLearner):
         # learning rate
         """Learning-rate finder: sweep the learning rate and print `Minimum/10: …, steepest point: …, suggested: …`
         (not within `no_logging`). The learner is restored."""
+        if self.workers is not None:
+            found = self.workers.call(self, 'lr_find', start_lr, end_lr, num_it, stop_div, False, None, ratios,
+                                      for_epochs)
+            if show_plot:
+                found.plot()
+                close_unseen()
+            return found if suggest_funcs is None else found.by(suggest_funcs)
         with (self.lock.turn(trains=True), torch.enable_grad(), stop_between_batches(), kept_callbacks(self),
               preserve_rng(*self.dls.loaders), self._seeded(), self._on_features((0,), valid=False)):
             found = find_lr(self, start_lr, end_lr, num_it, stop_div, show_plot, None, ratios, for_epochs)

@@ -26,6 +26,11 @@ class LearnerMethods:
     in the package that does the work, where the arguments are explained."""
     earlier_report = None  # of a learner by `refit`, which has no validation images
 
+    def distributed(self, n=None, sync_bn=False, timeout=600.):
+        "Context manager in which `n` processes train this learner (`ftlib.train.distributed.distributed`)."
+        from ftlib.train.distributed import distributed
+        return distributed(self, n, sync_bn, timeout)
+
     def evaluate(self, on='valid', tta=0, confidence=.95, threshold=.5):
         "A `Report` of the validation images or of others (`ftlib.evaluate.report.evaluate`)."
         from ftlib.evaluate.report import evaluate

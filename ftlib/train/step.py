@@ -72,6 +72,8 @@ class StepLearner(FreezableLearner):
     after an out-of-memory error."""
     precision, precision_policy, microbatch_size = 'auto', None, None  # see `Learner`
     features = None  # the `FeatureSession` of the current fit or validation; None while batches are images
+    processes = None  # the `Ranks` of a training over several processes, in each of them; else None
+    workers = None  # the `Workers` that fits are handed to within `learn.distributed`; else None
     _device = None  # device of the network at the first batch of a pass
     _untried = False  # was the precision chosen for this batch?
     microbatch = slice(None)  # the current micro-batch, as a slice of the batch
@@ -176,7 +178,7 @@ class StepLearner(FreezableLearner):
 
     def _do_epoch_train(self):
         "As in fastai, on features if there are any"
-        self.dl = loader_of(self, self.dls.train)
+        self.dl = self.share_of(loader_of(self, self.dls.train))
         try: self._with_events(self.all_batches, 'train', CancelTrainException)
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e): raise
@@ -185,7 +187,37 @@ class StepLearner(FreezableLearner):
                              'torch.') from e
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
-        super()._do_epoch_validate(ds_idx, loader_of(self, self.dls[ds_idx] if dl is None else dl))
+        dl = loader_of(self, self.dls[ds_idx] if dl is None else dl)
+        super()._do_epoch_validate(ds_idx, self.share_of(dl, validates=True))
+
+    def share_of(self, dl, validates=False):
+        "The loader that gives this process its share of the batches of `dl`; `dl` itself in one process"
+        return dl if self.processes is None else self.processes.share(self, dl, validates)
+
+    def to_detach(self, b, cpu=True, gather=True):
+        "As in fastai, but nothing is gathered from other processes: they have the predictions of the whole batch"
+        return super().to_detach(b, cpu, gather=False)
+
+    @property
+    def n_processes(self) -> int:
+        "Number of processes that train this learner"
+        group = self.processes or self.workers
+        return 1 if group is None else group.n
+
+    @property
+    def steps_per_epoch(self) -> int:
+        "Number of batches of a pass over the training set, with those of all processes as one"
+        return len(self.share_of(self.dls.train))
+
+    def agree(self, value):
+        "The value of process 0 where several train together: what depends on time may differ between them"
+        return value if self.processes is None else self.processes.of_first(value)
+
+    def mean_over_processes(self, t):
+        "Mean of a tensor over the images of the current batch in all processes"
+        if self.processes is None: return t
+        counts = self.dl.counts
+        return self.processes.sum_(t * (counts[self.processes.rank] / sum(counts)))
 
     def _fold(self):
         "Use a copy with fused batch norms, if there are enough images and no hooks on layers"
@@ -204,7 +236,7 @@ class StepLearner(FreezableLearner):
                 self.microbatch = slice(i, i + self.microbatch_size)
                 self.xb, self.yb = (tuple(o[self.microbatch] for o in b) for b in (xb, yb))
                 self._forward_and_loss()
-                preds.append(to_detach(self.pred, cpu=False))
+                preds.append(to_detach(self.pred, cpu=False, gather=False))
                 if not len(yb): continue
                 share = len(self.xb[0]) / n if self.loss.ndim == 0 and getattr(self.loss_func, 'reduction',
                     'mean') == 'mean' else 1.
@@ -240,6 +272,6 @@ class StepLearner(FreezableLearner):
         if len(self.xb) > 1 or not torch.is_tensor(x) or x.ndim != 4: return PrecisionPolicy()
         head_alone = self.stage == len(self.model.stages) if self.stage else False
         if head_alone or hasattr(self, 'mixed_precision'): return PrecisionPolicy()
-        policy = fastest(net, x[:8].as_subclass(torch.Tensor))
+        policy = self.agree(fastest(net, x[:8].as_subclass(torch.Tensor)))
         policy.apply_to(net)
         return policy
