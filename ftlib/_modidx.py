@@ -1689,6 +1689,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ftlib.parallel.jobs._Jobs._results': ('parallel.jobs.html#_jobs._results', 'ftlib/parallel/jobs.py'),
                                      'ftlib.parallel.jobs._numbered': ('parallel.jobs.html#_numbered', 'ftlib/parallel/jobs.py'),
                                      'ftlib.parallel.jobs._own_code': ('parallel.jobs.html#_own_code', 'ftlib/parallel/jobs.py'),
+                                     'ftlib.parallel.jobs.pickled': ('parallel.jobs.html#pickled', 'ftlib/parallel/jobs.py'),
                                      'ftlib.parallel.jobs.run_jobs': ('parallel.jobs.html#run_jobs', 'ftlib/parallel/jobs.py'),
                                      'ftlib.parallel.jobs.worker_count': ('parallel.jobs.html#worker_count', 'ftlib/parallel/jobs.py')},
             'ftlib.persist.callback_state': { 'ftlib.persist.callback_state._has_text': ( 'persist.callback_state.html#_has_text',

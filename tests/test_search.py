@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -219,12 +220,11 @@ def test_a_machine_of_a_cluster_goes_away(tmp_path):
         second = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         try:
-            import threading
             with ray_cluster(cluster.address):
-                killer = threading.Timer(8, cluster.remove_node, (second,), dict(allow_graceful=False))
+                killer = threading.Timer(6, cluster.remove_node, (second,), dict(allow_graceful=False))
                 killer.start()
                 found[name] = run()
-                killer.join()
+                assert not killer.is_alive(), "it was over before the machine went away"
         finally:
             ray.shutdown()
             cluster.shutdown()
