@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_all', 'seeded', 'Sample', 'LoadImage', 'GetLabel', 'normalization', 'as_images', 'broken_mask', 'ImageDL',
-           'n_workers', 'decode_side', 'class_numbers', 'image_loader']
+           'n_workers', 'decode_side', 'class_numbers', 'SequenceLists', 'image_loader']
 
 # %% ../../nbs/15_data.loader.ipynb #80e39dcc
 import math
@@ -21,6 +21,7 @@ import torch
 from fastai.data.core import Datasets, TfmdDL, TfmdLists
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
 from fastai.vision.core import PILImage
+from fastcore.foundation import is_indexer
 from fasttransform import Transform
 from PIL import Image
 
@@ -245,6 +246,12 @@ def class_numbers(vocab) -> Categorize:
     category.vocab, category.c = type(category.vocab)(vocab, sort=False), len(vocab)
     return category
 
+# %% ../../nbs/15_data.loader.ipynb #6d0c9825
+class SequenceLists(TfmdLists):
+    "fastai's `TfmdLists` over a sequence that is not copied to a list"
+    def __getitem__(self, idx):
+        return self._after_item(self.items[idx]) if is_indexer(idx) else super().__getitem__(idx)
+
 # %% ../../nbs/15_data.loader.ipynb #9d0c7ecd
 def image_loader(
     items,         # A sequence of `Sample`s
@@ -257,7 +264,8 @@ def image_loader(
     **kwargs,      # More arguments of the loader
 ) -> ImageDL:
     "Loader of training or validation images: decoded, cropped, augmented, and made floats in [0, 1]"
-    lists = [TfmdLists([], fs, do_setup=False, split_idx=split, types=[Sample])
+    kind = TfmdLists if isinstance(items, list) else SequenceLists
+    lists = [kind([], fs, do_setup=False, split_idx=split, types=[Sample])
              for fs in ([LoadImage(decode_side(size), decoded)], [GetLabel(), category])]
     for one in lists: one.items = items  # given above, they would be copied
     after = [IntToFloatTensor(), *(f for f in batch if split == 0 or isinstance(f, Normalize))]
