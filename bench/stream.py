@@ -25,9 +25,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    "One that says nothing of a reader that stops in the middle of a file"
+    def handle_error(self, request, client_address): pass
+
+
 def served(folder):
     "Address of a server of the folder, in a thread"
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    server = Server(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
 

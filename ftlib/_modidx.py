@@ -589,6 +589,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ftlib.data.shards._check_row': ('data.shards.html#_check_row', 'ftlib/data/shards.py'),
                                    'ftlib.data.shards._row_of': ('data.shards.html#_row_of', 'ftlib/data/shards.py'),
                                    'ftlib.data.shards._webdataset': ('data.shards.html#_webdataset', 'ftlib/data/shards.py'),
+                                   'ftlib.data.shards._why': ('data.shards.html#_why', 'ftlib/data/shards.py'),
+                                   'ftlib.data.shards.check_scheme': ('data.shards.html#check_scheme', 'ftlib/data/shards.py'),
                                    'ftlib.data.shards.grouped': ('data.shards.html#grouped', 'ftlib/data/shards.py'),
                                    'ftlib.data.shards.image_and_class': ('data.shards.html#image_and_class', 'ftlib/data/shards.py'),
                                    'ftlib.data.shards.index_name': ('data.shards.html#index_name', 'ftlib/data/shards.py'),

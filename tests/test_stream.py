@@ -260,7 +260,7 @@ def test_digits_are_learnt_from_shards(digits):
         report = learn.evaluate()
     assert learn.history.accuracy.iloc[-1] > .85
     assert targets.tolist() == open_shards(digits / "valid-%05d.tar").labels.tolist()
-    assert report.n == len(probs) == 200
+    assert len(report.probs) == len(probs) == 200
     assert learn.predict(np.zeros((16, 16), np.uint8))[0] in learn.dls.vocab
     assert learn.dls.summary().loc["total", "all"] == 800
 
@@ -280,7 +280,7 @@ def test_all_that_a_learner_does_with_a_folder(digits, tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(show_plot=False)
         learn.fine_tune(1, freeze_epochs=1)
-        assert learn.evaluate("train").n == 600
+        assert len(learn.evaluate("train").probs) == 600
         learn.tta(n=1)
         learn.show_results(max_n=2)
     dls.show_batch(max_n=2)
@@ -442,16 +442,24 @@ def address(shards, tmp_path):
 def test_shards_over_http(address, tmp_path):
     dl = build(f"{address}/train-%05d.tar").train.new(drop_last=False)
     assert sorted(n for x, _ in dl for n in numbers(x)) == list(range(50))
-    dl = build(f"{address}/train-{{00000..00005}}.tar").train.new(drop_last=False)
+    dl = build(f"{address}/train-{{00000..00005}}.tar?key=secret", index=f"{address}/train-index.json").train
     path = tmp_path / "train-00003.tar"
     data = path.read_bytes()
     path.write_bytes(data[:3 * 512])
-    with pytest.raises(DataError, match="train-00003.tar"): list(dl)
+    with pytest.raises(DataError, match="train-00003.tar is truncated") as cut: list(dl)
     path.unlink()
-    with pytest.raises(DataError, match="train-00003.tar"): list(dl)
-    with pytest.raises(DataError, match="train-index.json"):
-        (tmp_path / "train-index.json").unlink()
+    with pytest.raises(DataError, match="train-00003.tar cannot be read .*code 22") as gone: list(dl)
+    (tmp_path / "train-index.json").unlink()
+    with pytest.raises(DataError, match="train-index.json is no index of shards .*code 22"):
         build(f"{address}/train-%05d.tar")
+    assert "secret" not in f"{cut.value} {gone.value}"
+
+
+def test_a_command_runs_only_where_it_is_asked_for(shards, tmp_path):
+    url = f"pipe:cat {tmp_path}/train-00001.tar"
+    with pytest.raises(DataError, match="commands=True"): build([url], index=tmp_path / "train-index.json")
+    dl = build([url], index=tmp_path / "train-index.json", commands=True).train.new(drop_last=False)
+    assert len([n for x, _ in dl for n in numbers(x)]) == 9
 
 
 def test_without_webdataset_the_message_names_the_extra(shards, monkeypatch):
