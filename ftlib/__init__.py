@@ -21,6 +21,8 @@ _ROOMS = {
     "data.sources": "read_source",
     "data.splits": "make_imbalanced",
     "data.images": "image_data ImageData",
+    "data.make_shards": "write_shards index_shards",
+    "data.stream": "stream_data",
     "data.audit": "audit",
     "data.examples": "example_data",
     "models.network": "Network",

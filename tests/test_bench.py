@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 
 TINY = ("--sets", "stripes", "--size", "32", "--bs", "4", "--epochs", "1", "--seeds", "0", "--images", "16", "--valid",
     "8")
+STREAM = "--sets", "stripes", "--size", "32", "--bs", "4"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("name,args,columns", [
     ("fine_tune", TINY, {"set", "way", "accuracy", "head", "peak", "seconds"}),
     ("lr_accuracy", (*TINY, "--grid", "1e-4", "1e-3", "2"), {"state", "way", "lr", "accuracy"}),
+    ("stream", (*STREAM, "--rounds", "1", "--per-shard", "8", "--workers", "0"), {"set", "way", "workers", "images/s"}),
     ("batch_norm", (*TINY, "--lrs", "1e-4"), {"bn", "lr", "accuracy", "peak"}),
 ])
 def test_a_bench_runs(root, place, name, args, columns):

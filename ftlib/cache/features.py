@@ -176,6 +176,8 @@ def why_not_cached(
         if (looks := uses_images(cb)) or looks is None:
             return f'{type(cb).__name__} {"needs images" if looks else _undeclared(type(cb))}'
     for dl in learn.dls.loaders[:2]:
+        # all of them would be computed before the first batch
+        if getattr(dl, 'streams', False): return 'the images are streamed from shards'
         data = getattr(dl, 'dataset', None)
         if not isinstance(data, Datasets) or len(data.tls) != 2 or dl.bs is None:
             return f'the images of a loader over {type(data).__name__} are not known'

@@ -42,6 +42,7 @@ def image_hash(
     """Hash that identifies an image and changes when the image does. Raises `IdentityError` if changes cannot be
     detected."""
     x = getattr(x, "source", x)
+    if getattr(x, "fingerprint", None): return digest(x.fingerprint)
     if isinstance(x, (str, Path)):
         s = os.stat(x)  # with inode and ctime, since another file may have the same size and modification time
         return digest(os.fsencode(os.path.abspath(x)), f"{s.st_size} {s.st_mtime_ns} {s.st_ino} {s.st_ctime_ns}")

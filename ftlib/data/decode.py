@@ -31,6 +31,7 @@ RASTER = tuple(sorted(set(Image.OPEN) - {"EPS", "PDF", "WMF", "BUFR", "GRIB", "H
 # %% ../../nbs/10_data.decode.ipynb #fe85148f
 class LazyImage:
     "The `i`-th image of a collection, loaded on demand"
+    fingerprint = None  # Text that identifies the image without loading it, where the collection has one
     def __init__(self, store, i, key=None): self.store, self.i, self.key = store, i, key
 
     def read(self):

@@ -8,8 +8,6 @@ __all__ = ['CenterCrop', 'UniformErasing', 'augmentations', 'WeightedLoss', 'Ima
 # %% ../../nbs/16_data.images.ipynb #f1b6770a
 import difflib
 import inspect
-import math
-import os
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +15,8 @@ from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
-from fastai.data.core import DataLoaders, Datasets, TfmdLists
-from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor, get_image_files
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import ToTensor, get_image_files
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device, tensor
 from fastai.vision.augment import RandomErasing, RandomResizedCrop
@@ -27,7 +25,7 @@ from fastcore.foundation import L
 from fasttransform import DisplayedTransform
 
 from .cache import DecodedImages, resize_bilinear
-from .loader import Sample, GetLabel, LoadImage, ImageDL
+from .loader import Sample, class_numbers, decode_side, image_loader, n_workers
 from ..errors import DataError, did_you_mean
 from .decode import check_file
 from .sources import read_source
@@ -271,34 +269,22 @@ def _check_settings(size, bs, balance, num_workers, seed):
 
 # %% ../../nbs/16_data.images.ipynb #f6ca1e6a
 def _workers(table, size):
-    """Number of worker processes: none for images in memory, small images or small datasets; else one per core, at
-    most eight"""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    in_memory = not isinstance(table["item"].iloc[0], (str, Path))
-    return 0 if in_memory or size < 64 or len(table) < 200 or cores < 2 else min(8, cores)
+    "Number of worker processes: none for images in memory"
+    return n_workers(len(table), size) if isinstance(table["item"].iloc[0], (str, Path)) else 0
 
 # %% ../../nbs/16_data.images.ipynb #85b41f6d
 def _loaders(table, vocab, size, seed, bs, augment, balance, num_workers, device, path, cache):
     "The training and validation loaders"
     parts = [table[table["split"] == s] for s in ("train", "valid")]
     counts = parts[0]["name"].value_counts().reindex(vocab)
-    category = Categorize(vocab=vocab)
-    category.vocab, category.c = type(category.vocab)(vocab, sort=False), len(vocab)
+    category = class_numbers(vocab)
     if balance == "loss": category.loss_func = WeightedLoss(weight=tensor(class_weights(counts)).float())
     weights = (1 / parts[0]["name"].map(counts)).tolist() if balance == "sampler" else None
     if num_workers is None: num_workers = _workers(table, size)
     device = default_device() if device is None else device
-    # Large enough that a crop of 35 % of the image is hardly enlarged
-    side, made = math.ceil(1.5 * size), []
-    decoded = DecodedImages([s for part in parts for s in part["item"]], side) if cache else None
-    for i, part in enumerate(parts):
-        items = list(map(Sample, part["item"], part["name"]))
-        views, batch = augmentations(size, *augment)
-        lists = [TfmdLists(items, fs, do_setup=False, split_idx=i, types=[Sample])
-                 for fs in ([LoadImage(side, decoded)], [GetLabel(), category])]
-        made.append(ImageDL(
-            Datasets(tls=lists), bs=min(bs, len(parts[0])), shuffle=i == 0, drop_last=i == 0, seed=seed + i,
-            num_workers=num_workers, weights=weights if i == 0 else None, device=device, decoded=decoded,
-            after_item=views, after_batch=[IntToFloatTensor(),
-                                           *(f for f in batch if i == 0 or isinstance(f, Normalize))]))
+    decoded = DecodedImages([s for part in parts for s in part["item"]], decode_side(size)) if cache else None
+    shared = dict(decoded=decoded, bs=min(bs, len(parts[0])), num_workers=num_workers, device=device)
+    made = [image_loader(list(map(Sample, part["item"], part["name"])), i, category, size,
+                         *augmentations(size, *augment), seed=seed + i, weights=None if i else weights, **shared)
+            for i, part in enumerate(parts)]
     return ImageData(*made, path=path, device=device)

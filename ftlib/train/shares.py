@@ -27,6 +27,9 @@ def check_divisible(
         raise TrainError(f'the batches of a {type(dl).__name__} cannot be divided among processes, because the order '
                          f'of its images is not known. Build the data by `image_data`, or by '
                          f'`DataLoaders.from_dsets(train, valid, bs=64)`.')
+    if getattr(dl, 'world', 1) > 1:
+        raise TrainError(f'the loader gives this process its part of {dl.world} already, and learn.distributed would '
+                         f'divide that again: build it by stream_data(…, world=1).')
     if train and dl.drop_last and dl.n < n * dl.bs:
         raise TrainError(f'the training set has {dl.n} images, and {n} processes with a batch size of {dl.bs} need '
                          f'{n * dl.bs} for one step. Use a smaller batch size (bs=), or fewer processes.')
