@@ -27,6 +27,8 @@ from ftlib.callbacks.budget import Budget
 from ftlib.callbacks.stopping import EarlyStopping
 from ftlib.callbacks.trackers import CSVLogger, SaveModelCallback
 from ftlib.data.images import image_data
+from ftlib.data.make_shards import write_shards
+from ftlib.data.stream import stream_data
 from ftlib.errors import TrainError
 from ftlib.models.cnn import cnn
 from ftlib.models.network import Body, Network, Normalize
@@ -45,13 +47,14 @@ IMAGES = {"image": (load_digits().images[:300] * 255 / 16).astype("uint8"),
           "label": load_digits().target[:300].astype(str)}
 
 
-def network(norm=True):
+def network(norm=True, n_in=1):
     def conv(n_in, n_out):
         norms = nn.BatchNorm2d(n_out) if norm else nn.Identity()
         return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1), norms, nn.ReLU())
     torch.manual_seed(0)
-    return Network(Body(Normalize([.3], [.35]), dict(stem=conv(1, 8), stage1=conv(8, 16), pool=nn.Flatten()), 64,
-                        shapes=[(8, 4, 4), (16, 2, 2), (64,)]), nn.Linear(64, 10))
+    stages = dict(stem=conv(n_in, 8), stage1=conv(8, 16), pool=nn.Flatten())
+    return Network(Body(Normalize([.3] * n_in, [.35] * n_in), stages, 64, shapes=[(8, 4, 4), (16, 2, 2), (64,)]),
+                   nn.Linear(64, 10))
 
 
 def tensors(bs, n=200, n_valid=41, net=None, metrics=accuracy, loss=None, **kwargs):
@@ -388,6 +391,22 @@ def test_ctrl_c(workers):
     threading.Timer(1.5, signal.raise_signal, [signal.SIGINT]).start()
     with together(learn, workers), pytest.raises(TrainingStopped, match="as before this fit"): learn.fit(10000, 1e-3)
     assert everything(learn) == after and not workers.processes
+
+
+def test_images_from_shards(workers, tmp_path):
+    "Both processes together train on each image of the shards once, in the order of one process"
+    write_shards({k: v[:150] for k, v in IMAGES.items()}, str(tmp_path / "train-%05d.tar"), images_per_shard=40)
+
+    def learner(bs):
+        dls = stream_data(str(tmp_path / "train-%05d.tar"), {k: v[150:220] for k, v in IMAGES.items()}, size=8, bs=bs,
+                          augment=None, num_workers=0)
+        return Learner(dls, network(norm=False, n_in=3), metrics=accuracy, precision="fp32", seed=0)
+    one, two = learner(32), learner(16)
+    with one.no_bar(), one.no_logging(): one.fit(2, 1e-2)
+    with together(two, workers): two.fit(2, 1e-2)
+    assert np.allclose(one.history[COLUMNS], two.history[COLUMNS], atol=1e-4)
+    divided = stream_data(str(tmp_path / "train-%05d.tar"), size=8, bs=16, rank=1, world=2)
+    with pytest.raises(TrainError, match="world=1"), distributed(Learner(divided, network(n_in=3)), 2): pass
 
 
 def test_bad_arguments():
