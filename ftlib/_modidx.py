@@ -252,6 +252,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'ftlib/callbacks/loggers.py'),
                                          'ftlib.callbacks.loggers.EpochLogger.before_fit': ( 'callbacks.loggers.html#epochlogger.before_fit',
                                                                                              'ftlib/callbacks/loggers.py'),
+                                         'ftlib.callbacks.loggers.EpochLogger.service': ( 'callbacks.loggers.html#epochlogger.service',
+                                                                                          'ftlib/callbacks/loggers.py'),
                                          'ftlib.callbacks.loggers.MLflowLogger': ( 'callbacks.loggers.html#mlflowlogger',
                                                                                    'ftlib/callbacks/loggers.py'),
                                          'ftlib.callbacks.loggers.MLflowLogger.begin': ( 'callbacks.loggers.html#mlflowlogger.begin',
@@ -2525,4 +2527,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'ftlib.train.workers._read_names': ('train.workers.html#_read_names', 'ftlib/train/workers.py'),
                                      'ftlib.train.workers.join_group': ('train.workers.html#join_group', 'ftlib/train/workers.py'),
                                      'ftlib.train.workers.move_to': ('train.workers.html#move_to', 'ftlib/train/workers.py'),
-                                     'ftlib.train.workers.serve': ('train.workers.html#serve', 'ftlib/train/workers.py')}}}
+                                     'ftlib.train.workers.serve_jobs': ('train.workers.html#serve_jobs', 'ftlib/train/workers.py')}}}

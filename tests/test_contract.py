@@ -33,6 +33,7 @@ from ftlib.lr.finder import LRSweep
 from ftlib.lr.rates import Schedule
 from ftlib.callbacks.progress import Progress
 from ftlib.callbacks.stopping import EarlyStopping
+from ftlib.callbacks.loggers import EpochLogger, MLflowLogger, WandbLogger
 from ftlib.callbacks.trackers import MonitorCallback, ReduceLROnPlateau
 
 # How those are made that want something said; the others are made of nothing.
@@ -42,8 +43,10 @@ MAKERS = {EarlyStopping: partial(EarlyStopping, "accuracy"),
           Distill: partial(Distill, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))),
           Budget: partial(Budget, 10.),
           Hints: lambda: Hints(TEACHER, 'fitnet')}
-# Every learner has the first ones; of `MonitorCallback` others are made, and `LRSweep` belongs to the rate finder
-NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, MonitorCallback, LRSweep}
+# Every learner has the first ones; of `MonitorCallback` and `EpochLogger` others are made, `LRSweep` belongs to the
+# rate finder, and the loggers write to a service, see test_loggers.py
+NOT_GIVEN = {Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules, MonitorCallback, LRSweep,
+             EpochLogger, MLflowLogger, WandbLogger}
 FASTAI = {"CSVLogger": fc.CSVLogger, "SaveModel": fc.SaveModelCallback,
           "EarlyStoppingCallback": partial(fc.EarlyStoppingCallback, patience=5),
           "fastai's plateau": partial(FastaiPlateau, patience=1), "TerminateOnNaN": fc.TerminateOnNaNCallback,

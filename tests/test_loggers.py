@@ -1,11 +1,14 @@
 """TensorBoard, by fastai's callback, and Weights & Biases see ftlib's fits and figures; MLflow is in the notebook."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from fastai.metrics import accuracy
 from sklearn.datasets import load_digits
 
-from ftlib import WandbLogger, image_data
+from ftlib import MLflowLogger, WandbLogger, image_data
 from ftlib.models.cnn import cnn
 from ftlib.train.learner import Learner
 
@@ -53,3 +56,8 @@ def test_weights_and_biases(learn, tmp_path, monkeypatch):
     for column in ("train_loss", "valid_loss", "accuracy"):
         assert summary[column] == pytest.approx(history[column].iloc[-1], abs=1e-6), column
     assert summary["epoch"] == 3 and config["epochs of fit 1"] == 2 and config["note of fit 2"] == "two fits"
+
+
+@pytest.mark.parametrize("logger", [MLflowLogger, WandbLogger])
+def test_a_logger_can_be_copied_and_sent(logger):
+    assert pickle.loads(pickle.dumps(logger("runs", {"a": 1}))).params == copy.deepcopy(logger(params={"a": 1})).params

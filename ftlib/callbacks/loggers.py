@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EpochLogger', 'MLflowLogger', 'WandbLogger']
 
-# %% ../../nbs/56_callbacks.loggers.ipynb #db247d2d
+# %% ../../nbs/56_callbacks.loggers.ipynb #c05a01e2
 import math
 import warnings
 from importlib import import_module
@@ -15,12 +15,12 @@ from fastai.callback.core import Callback
 
 from ..errors import TrainError
 
-# %% ../../nbs/56_callbacks.loggers.ipynb #ba712056
+# %% ../../nbs/56_callbacks.loggers.ipynb #6e78900a
 class EpochLogger(Callback):
     """Base class: sends each row of the history, by the number of the epoch over all fits. A service that fails does
     not end the training."""
     order, uses_images = 65, False  # after the history, whose rows it reads
-    package = None  # of the service
+    package, pip = '', ''  # of the service; what pip calls it
     mine = failed = False
 
     def __init__(self,
@@ -31,9 +31,6 @@ class EpochLogger(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
-        try: self.service = import_module(self.package)
-        except ImportError as e:
-            raise TrainError(f"{self.package} is not installed: pip install '{self.package}'") from e
         if self.mine: self._send(self.end, False)  # the fit before this one ended by an error
         self.mine, self.failed = not self.is_active(), False
         if self.mine: self._send(self.begin)
@@ -41,6 +38,13 @@ class EpochLogger(Callback):
         about = dict(arch=getattr(self.learn.model, 'arch', type(self.learn.model).__name__), epochs=self.learn.n_epoch,
                      batch_size=self.learn.dls.bs)
         self._send(self.settings, {f'{k} of fit {phase}': v for k, v in (about | self.params).items()})
+
+    @property
+    def service(self):
+        "The module of the service. Raises `TrainError` if it is not installed."
+        try: return import_module(self.package)
+        except ImportError as e:
+            raise TrainError(f"{self.package} is not installed: pip install {self.pip or self.package}") from e
 
     def after_epoch(self):
         rows = self.learn.epoch_log.rows
@@ -59,14 +63,14 @@ class EpochLogger(Callback):
                 warnings.warn(f'{self.package} could not log ({type(e).__name__}: {e}). Training continues.')
             self.failed = True
 
-# %% ../../nbs/56_callbacks.loggers.ipynb #a1dbb147
+# %% ../../nbs/56_callbacks.loggers.ipynb #d1f1b835
 def _is_number(value): return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
-# %% ../../nbs/56_callbacks.loggers.ipynb #2146d724
+# %% ../../nbs/56_callbacks.loggers.ipynb #1dd9f405
 class MLflowLogger(EpochLogger):
     """Log settings and history to MLflow: to the active run, or else to a run for each fit. Raises `TrainError` without
     MLflow."""
-    package = 'mlflow'
+    package, pip = 'mlflow', 'mlflow-skinny'
     def is_active(self): return self.service.active_run() is not None
     def begin(self): self.service.start_run(run_name=self.run_name)
     def end(self, finished): self.service.end_run('FINISHED' if finished else 'FAILED')
@@ -77,7 +81,7 @@ class MLflowLogger(EpochLogger):
         named = {''.join(c if c.isalnum() or c in '_-. :/' else '_' for c in k): v for k, v in values.items()}
         self.service.log_metrics(named, step=epoch)
 
-# %% ../../nbs/56_callbacks.loggers.ipynb #3215db62
+# %% ../../nbs/56_callbacks.loggers.ipynb #249aeb82
 class WandbLogger(EpochLogger):
     """Log settings and history to Weights & Biases: to the active run, or else to a run for each fit. Raises
     `TrainError` without wandb."""

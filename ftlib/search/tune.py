@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ReportToStudy', 'TrialRunner', 'tune']
 
-# %% ../../nbs/98g_search.tune.ipynb #fce08090
+# %% ../../nbs/98g_search.tune.ipynb #290ac715
 import gc
 import inspect
 import time
@@ -25,19 +25,19 @@ from .space import read_space
 from .study import SharedStudy, import_optuna, open_storage
 from .tuning import TuningPlots
 
-# %% ../../nbs/98g_search.tune.ipynb #f92d867f
+# %% ../../nbs/98g_search.tune.ipynb #beb75bfe
 def _metric_of(learn, metric):
     "Name of the column of the history that a search looks at: by default the first metric, or else the loss"
     if metric is not None: return metric
     return next((m.name for m in learn.metrics), 'valid_loss')
 
-# %% ../../nbs/98g_search.tune.ipynb #407eb87b
+# %% ../../nbs/98g_search.tune.ipynb #60048d9d
 class ReportToStudy(Callback):
     "Report each epoch of a trial to its study, and end a trial that its pruner gives up"
     order, uses_images = 64, False  # after the history, whose rows it reads
 
     def __init__(self,
-        trial,        # An Optuna trial, or None: epochs are only counted
+        trial=None,   # An Optuna trial; None: epochs are only counted
         metric=None,  # A column of the history; by default the first metric, or else the loss
     ): self.trial, self.metric, self.epochs, self.column, self.lower = trial, metric, 0, None, False
 
@@ -58,7 +58,7 @@ class ReportToStudy(Callback):
         self.trial.report(-value if self.lower else value, self.epochs)
         if self.trial.should_prune(): raise import_optuna().TrialPruned
 
-# %% ../../nbs/98g_search.tune.ipynb #fad564db
+# %% ../../nbs/98g_search.tune.ipynb #3d374cb0
 def _check_arguments(func, space):
     "Does the training function take the arguments of the space, and no others? Raises `CompareError`."
     if not callable(func) or hasattr(func, 'dls'):
@@ -77,7 +77,7 @@ def _check_arguments(func, space):
             raise CompareError(f'the training function needs {name!r}, which is not in the search space: add it, or '
                                f'give it a default.')
 
-# %% ../../nbs/98g_search.tune.ipynb #f2337b51
+# %% ../../nbs/98g_search.tune.ipynb #72f6d960
 class TrialRunner:
     "Trains with given settings; can be sent to another process"
     def __init__(self, func, metric, seed, storage=None, name=None):
@@ -121,14 +121,14 @@ class TrialRunner:
         if value - value != 0: return dict(state='failed', error=f'{column} is {value}', epochs=found['epochs'])
         return dict(state='complete', value=value, **found)
 
-# %% ../../nbs/98g_search.tune.ipynb #0968636a
+# %% ../../nbs/98g_search.tune.ipynb #a83f61e5
 def _tidy():
     "Give the memory of a trial back"
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     release_memory(at_most_every=0)
 
-# %% ../../nbs/98g_search.tune.ipynb #a100b682
+# %% ../../nbs/98g_search.tune.ipynb #40ec4c7a
 def tune(
     make_learner,         # Function of settings that returns a trained learner; may take `cbs` and `seed`
     space:dict,           # {argument: list, `LogUniform(low, high)`, `Uniform(low, high)`, `Int(low, high)`}
@@ -157,7 +157,7 @@ def tune(
     _begin_with(shared, first)
     return _Search(shared, make_learner, metric, seed, minutes, say).run()
 
-# %% ../../nbs/98g_search.tune.ipynb #539d148e
+# %% ../../nbs/98g_search.tune.ipynb #01125a02
 def _about(func, metric, seed):
     "What must be the same in a search that is resumed"
     about = dict(seed=str(seed)) | ({} if metric is None else {'metric asked for': metric})
@@ -172,7 +172,7 @@ def _begin_with(shared, first):
             raise CompareError(f'first= has {sorted(unknown)[0]!r}, which is not in the search space.')
         shared.queue(settings)
 
-# %% ../../nbs/98g_search.tune.ipynb #80873795
+# %% ../../nbs/98g_search.tune.ipynb #64935151
 class _Search:
     "The loop of a search in this process"
     def __init__(self, shared, func, metric, seed, minutes, say):
