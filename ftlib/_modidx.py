@@ -1979,6 +1979,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'ftlib/search/tune.py'),
                                    'ftlib.search.tune.TrialRunner._measured': ( 'search.tune.html#trialrunner._measured',
                                                                                 'ftlib/search/tune.py'),
+                                   'ftlib.search.tune.TrialRunner._opened': ( 'search.tune.html#trialrunner._opened',
+                                                                              'ftlib/search/tune.py'),
                                    'ftlib.search.tune.TrialRunner.train': ('search.tune.html#trialrunner.train', 'ftlib/search/tune.py'),
                                    'ftlib.search.tune._Search': ('search.tune.html#_search', 'ftlib/search/tune.py'),
                                    'ftlib.search.tune._Search.__init__': ('search.tune.html#_search.__init__', 'ftlib/search/tune.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ReportToStudy', 'TrialRunner', 'tune']
 
-# %% ../../nbs/98g_search.tune.ipynb #290ac715
+# %% ../../nbs/98g_search.tune.ipynb #57cf660c
 import gc
 import inspect
 import time
@@ -25,13 +25,13 @@ from .space import read_space
 from .study import SharedStudy, import_optuna, open_storage
 from .tuning import TuningPlots
 
-# %% ../../nbs/98g_search.tune.ipynb #beb75bfe
+# %% ../../nbs/98g_search.tune.ipynb #abcdfe7d
 def _metric_of(learn, metric):
     "Name of the column of the history that a search looks at: by default the first metric, or else the loss"
     if metric is not None: return metric
     return next((m.name for m in learn.metrics), 'valid_loss')
 
-# %% ../../nbs/98g_search.tune.ipynb #60048d9d
+# %% ../../nbs/98g_search.tune.ipynb #210b72a5
 class ReportToStudy(Callback):
     "Report each epoch of a trial to its study, and end a trial that its pruner gives up"
     order, uses_images = 64, False  # after the history, whose rows it reads
@@ -58,7 +58,7 @@ class ReportToStudy(Callback):
         self.trial.report(-value if self.lower else value, self.epochs)
         if self.trial.should_prune(): raise import_optuna().TrialPruned
 
-# %% ../../nbs/98g_search.tune.ipynb #3d374cb0
+# %% ../../nbs/98g_search.tune.ipynb #2eba6ab8
 def _check_arguments(func, space):
     "Does the training function take the arguments of the space, and no others? Raises `CompareError`."
     if not callable(func) or hasattr(func, 'dls'):
@@ -77,7 +77,7 @@ def _check_arguments(func, space):
             raise CompareError(f'the training function needs {name!r}, which is not in the search space: add it, or '
                                f'give it a default.')
 
-# %% ../../nbs/98g_search.tune.ipynb #72f6d960
+# %% ../../nbs/98g_search.tune.ipynb #cffbe510
 class TrialRunner:
     "Trains with given settings; can be sent to another process"
     def __init__(self, func, metric, seed, storage=None, name=None):
@@ -100,9 +100,7 @@ class TrialRunner:
     ) -> dict:      # What came of it: state, value, metric, lower, epochs, seconds, error
         "Run a trial."
         optuna, start = import_optuna(), time.perf_counter()
-        if trial is None and self.storage is not None:
-            study = optuna.load_study(study_name=self.name, storage=open_storage(self.storage))
-            trial = optuna.trial.Trial(study, job[0])
+        if trial is None and self.storage is not None: trial = self._opened(job[0])
         watch = ReportToStudy(trial, self.metric)
         try: outcome = self._measured(self.train(job[1], [watch]))
         except optuna.TrialPruned: outcome = dict(state='pruned', epochs=watch.epochs)
@@ -110,6 +108,16 @@ class TrialRunner:
         except Exception as e: outcome = dict(state='failed', error=f'{type(e).__name__}: {e}'[:500])
         _tidy()
         return outcome | dict(seconds=round(time.perf_counter() - start, 3))
+
+    def _opened(self, number):
+        "Optuna's trial in the storage, in another process. Raises `CompareError` if that does not see it"
+        optuna = import_optuna()
+        try: study = optuna.load_study(study_name=self.name, storage=open_storage(self.storage))
+        except Exception as e:
+            raise CompareError(f'a worker cannot open the search {self.name!r} in {self.storage} ({type(e).__name__}: '
+                               f'{e}). Give storage= the URL of a database that all machines reach, or a file on a '
+                               f'disk that they share.') from e
+        return optuna.trial.Trial(study, number)
 
     def _measured(self, learn):
         "The value of the weights that the learner has in the end, which need not be those of the last epoch"
@@ -121,14 +129,14 @@ class TrialRunner:
         if value - value != 0: return dict(state='failed', error=f'{column} is {value}', epochs=found['epochs'])
         return dict(state='complete', value=value, **found)
 
-# %% ../../nbs/98g_search.tune.ipynb #a83f61e5
+# %% ../../nbs/98g_search.tune.ipynb #2f15dce2
 def _tidy():
     "Give the memory of a trial back"
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     release_memory(at_most_every=0)
 
-# %% ../../nbs/98g_search.tune.ipynb #40ec4c7a
+# %% ../../nbs/98g_search.tune.ipynb #1a40308d
 def tune(
     make_learner,         # Function of settings that returns a trained learner; may take `cbs` and `seed`
     space:dict,           # {argument: list, `LogUniform(low, high)`, `Uniform(low, high)`, `Int(low, high)`}
@@ -157,7 +165,7 @@ def tune(
     _begin_with(shared, first)
     return _Search(shared, make_learner, metric, seed, minutes, say).run()
 
-# %% ../../nbs/98g_search.tune.ipynb #01125a02
+# %% ../../nbs/98g_search.tune.ipynb #232e231f
 def _about(func, metric, seed):
     "What must be the same in a search that is resumed"
     about = dict(seed=str(seed)) | ({} if metric is None else {'metric asked for': metric})
@@ -172,14 +180,14 @@ def _begin_with(shared, first):
             raise CompareError(f'first= has {sorted(unknown)[0]!r}, which is not in the search space.')
         shared.queue(settings)
 
-# %% ../../nbs/98g_search.tune.ipynb #64935151
+# %% ../../nbs/98g_search.tune.ipynb #5c2ba719
 class _Search:
     "The loop of a search in this process"
     def __init__(self, shared, func, metric, seed, minutes, say):
         self.shared, self.say, self.stopped, self.live = shared, say, 'trials', {}
         self.end = None if minutes is None else time.perf_counter() + 60 * minutes
         self.here, study = worker_count() == 1, shared.study.study_name
-        file = shared.storage if isinstance(shared.storage, (str, Path)) else None
+        file = str(shared.path or shared.storage) if isinstance(shared.storage, (str, Path)) else None
         self.runner = TrialRunner(func, metric, seed, None if self.here else file, study)
         if not self.here and file is None and type(shared.study.pruner).__name__ != 'NopPruner':
             say('No trial is ended early, because other processes cannot see this storage: give storage= a file.')
