@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RayBackend', 'ray_cluster']
 
-# %% ../../nbs/93c_parallel.cluster.ipynb #d5f231e7
+# %% ../../nbs/93c_parallel.cluster.ipynb #f6f0cf5b
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ from joblib.parallel import ParallelBackendBase
 from ..errors import TrainError
 from .jobs import ShippedFunction
 
-# %% ../../nbs/93c_parallel.cluster.ipynb #d3efa906
+# %% ../../nbs/93c_parallel.cluster.ipynb #d7c2f3c4
 class RayBackend(ParallelBackendBase):
     "Gives joblib's tasks to a Ray cluster, as many at once as its processors and graphics cards allow"
     supports_retrieve_callback = True
@@ -28,7 +28,8 @@ class RayBackend(ParallelBackendBase):
         self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(_run_call)
 
     def effective_n_jobs(self, n_jobs):
-        "Tasks that the cluster can run at once, at most `n_jobs` if it is above 0. Raises `TrainError` for none"
+        """Tasks that are given to the cluster at once: as many as it can run, at most `n_jobs` if that is above 0.
+        Raises `TrainError` for a cluster that is too small for one"""
         import ray
         there = ray.cluster_resources()
         n = int(min(there.get('CPU', 0) / self.cpus if self.cpus else 1e9,
@@ -36,7 +37,8 @@ class RayBackend(ParallelBackendBase):
         if n < 1:
             raise TrainError(f'the cluster has {there.get("CPU", 0):g} processors and {there.get("GPU", 0):g} graphics '
                              f'cards, fewer than cpus={self.cpus:g} and gpus={self.gpus:g} of one task.')
-        return n if n_jobs is None or n_jobs < 1 else min(n, n_jobs)
+        if n_jobs is not None and n_jobs > 0: n = min(n, n_jobs)
+        return max(2, n)  # joblib keeps a single one in this process; here it waits for its turn on the cluster
 
     def submit(self, func, callback=None):
         "Start a batch of one call; the function that all share is sent once"
@@ -61,10 +63,10 @@ class RayBackend(ParallelBackendBase):
         for ref in self.refs: ray.cancel(ref, force=True)
         self.refs.clear()
 
-# %% ../../nbs/93c_parallel.cluster.ipynb #399ec4b8
+# %% ../../nbs/93c_parallel.cluster.ipynb #bdef4192
 def _run_call(call, *args, **kwargs): return call(*args, **kwargs)
 
-# %% ../../nbs/93c_parallel.cluster.ipynb #abcb1371
+# %% ../../nbs/93c_parallel.cluster.ipynb #2311e51b
 @contextmanager
 def ray_cluster(
     address:str=None,   # Of a running cluster, 'auto' to find one; by default Ray starts on this machine, if needed
