@@ -1318,6 +1318,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftlib.lr.finder.SuggestedLRs.suggested': ('lr.finder.html#suggestedlrs.suggested', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder._affordable': ('lr.finder.html#_affordable', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder._found': ('lr.finder.html#_found', 'ftlib/lr/finder.py'),
+                                 'ftlib.lr.finder._steps_per_epoch': ('lr.finder.html#_steps_per_epoch', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder.find_lr': ('lr.finder.html#find_lr', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder.moves_statistics': ('lr.finder.html#moves_statistics', 'ftlib/lr/finder.py'),
                                  'ftlib.lr.finder.sweep': ('lr.finder.html#sweep', 'ftlib/lr/finder.py'),

@@ -181,7 +181,7 @@ class LRSweep(Callback):
     def after_loss(self):
         with torch.no_grad(): start = self.learn.loss_func(self.baseline_pred, *self.learn.yb).mean()
         losses = torch.stack([self.learn.loss.detach().mean(), start.to(self.learn.loss)])
-        losses = self.learn.mean_over_processes(losses)
+        if getattr(self.learn, 'processes', None) is not None: losses = self.learn.mean_over_processes(losses)
         for seen, loss in zip((self.losses, self.start), losses.tolist()): seen.append(loss)
         if len(self.losses) == len(self.lrs) or not np.isfinite(self.losses[-1]) or self._exploded():
             raise CancelFitException
@@ -214,13 +214,18 @@ def sweep(
     try:
         with preserve_learner(learn):
             learn.cbs = L(o for o in learn.cbs if not isinstance(o, CSVLogger))
-            with learn.no_logging(): FastaiLearner.fit(learn, len(lrs) // learn.steps_per_epoch + 1, cbs=cb)
+            with learn.no_logging(): FastaiLearner.fit(learn, len(lrs) // _steps_per_epoch(learn) + 1, cbs=cb)
     finally:
         if fresh: learn.opt = None
         if cb.hook is not None: cb.hook.remove()
     usual = usual_lr(learn)
     within = dict(within=WITHIN) if usual not in (None, HEAD_LR) else {}
     return LRCurve(lrs[:len(cb.losses)], cb.losses, cb.start, usual, **within)
+
+# %% ../../nbs/48_lr.finder.ipynb #431e4174
+def _steps_per_epoch(learn):
+    "Number of batches of a pass over the training set; where several processes train, those of all as one"
+    return len(learn.dls.train) if getattr(learn, 'processes', None) is None else learn.steps_per_epoch
 
 # %% ../../nbs/48_lr.finder.ipynb #df62fa3c
 def _affordable(learn, epochs):
@@ -229,7 +234,7 @@ def _affordable(learn, epochs):
     if epochs is None: return None
     if not isinstance(epochs, (int, np.integer)) or epochs < 1:
         raise RateError(f'for_epochs={epochs!r}: give an integer number of epochs, 1 or more.')
-    return int(.125 * .75 * epochs * learn.steps_per_epoch)
+    return int(.125 * .75 * epochs * _steps_per_epoch(learn))
 
 # %% ../../nbs/48_lr.finder.ipynb #fc564066
 def find_lr(
@@ -269,6 +274,7 @@ def _found(learn, start_lr, end_lr, num_it, stop_div, ratios, for_epochs):
     if num_it is not None and (not isinstance(num_it, (int, np.integer)) or num_it < 1):
         raise RateError(f'num_it={num_it!r}: give a whole number of steps, 50 or more for a curve that can be read.')
     if steps < 10:
-        curve = NoSweep(steps if num_it is not None else for_epochs * learn.steps_per_epoch, usual, num_it is not None)
+        whole = steps if num_it is not None else for_epochs * _steps_per_epoch(learn)
+        curve = NoSweep(whole, usual, num_it is not None)
     else: curve = sweep(learn, np.geomspace(lo, hi, steps), ratios, stop_div)
     return SuggestedLRs.read(curve, ratios / ratios[-1])
