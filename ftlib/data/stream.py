@@ -168,7 +168,7 @@ class StreamDL(ImageDL):
         finally: self.first_batch, self._left, self._given = 0, self._given, 0
 
     def state_dict(self):
-        "Position: epochs begun before this one, batches given in it, and the random state at its start"
+        "Position: epochs before this one, batches given in it, and the random state at its start"
         mid = self._start is not None
         return dict(epoch=self.epoch - mid, batches=self._given or (self._left if mid else 0),
                     rng=self._start if mid else self.rng.getstate(), settings=self._settings())

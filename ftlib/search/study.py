@@ -166,7 +166,7 @@ class SharedStudy:
         state = type(t.state)
         if t.state == state.WAITING or 'dropped' in t.user_attrs: return False
         if t.state != state.RUNNING: return True
-        if 'process' not in t.user_attrs:  # another process has just begun it, or died at that moment
+        if 'process' not in t.user_attrs:  # another process has just asked for it, or died at that moment
             started = t.datetime_start
             alive = t.number in self.running or started and (datetime.now() - started).total_seconds() < 60
         else:
