@@ -42,6 +42,7 @@ _ROOMS = {
     "callbacks.stopping": "EarlyStopping RecoverFromNaN",
     "callbacks.ema": "EMA",
     "callbacks.budget": "Budget",
+    "callbacks.loss_scaling": "LossScaling",
     "callbacks.loggers": "MLflowLogger WandbLogger",
     "train.learner": "Learner load_learner",
     "train.vision": "vision_learner unet_learner",

@@ -45,6 +45,13 @@ class Dies(Callback):
         if self.learn.training and (self.learn.epoch, self.learn.iter) == self.moment: raise Killed
 
 
+class Overflows(Callback):
+    "Infinite gradients in some steps"
+    order, run_valid = 8, False
+    def before_step(self):
+        if (self.learn.epoch + self.learn.iter) % 3 == 1: self.learn.model[1][1].weight.grad[0] = float("inf")
+
+
 def images(root):
     "A folder of four classes of 14 images that tell themselves apart by their colour, more or less"
     rng = np.random.default_rng(0)
@@ -77,7 +84,8 @@ def state(learn):
     "Weights, statistics, momenta and history, without the times"
     weights = [v.clone() for v in learn.model.state_dict().values()]
     momenta = [v for s in learn.opt.opt.state.values() for v in s.values() if torch.is_tensor(v)]
-    return weights + momenta, learn.history.drop(columns=["seconds", "fill_seconds"])
+    scale = torch.tensor(learn.loss_scaling.scale)
+    return [*weights, *momenta, scale], learn.history.drop(columns=["seconds", "fill_seconds"])
 
 
 def assert_same(a, b):
@@ -106,13 +114,15 @@ SETTINGS = {"as it comes": {}, "images": dict(cache=False), "workers": dict(work
             "mixup": dict(cbs=[MixUp]), "accumulated, each two steps": dict(cbs=[lambda: GradientAccumulation(20)],
                 how=each_two_steps), "images, each two steps": dict(cache=False, how=each_two_steps),
             "stopping": dict(cbs=[lambda: EarlyStopping("accuracy", patience=2)]),
-            "torch's SGD": dict(opt_func=torch.optim.SGD)}
+            "torch's SGD": dict(opt_func=torch.optim.SGD),
+            "fp16 with overflows, each two steps": dict(precision="fp16", cbs=[lambda: Overflows()],
+                how=each_two_steps)}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_killed_anywhere_it_ends_on_the_same_weights(setting, folder, tmp_path):
     given = SETTINGS[setting]
-    made = {k: given[k] for k in ("cache", "workers", "opt_func") if k in given}
+    made = {k: given[k] for k in ("cache", "workers", "opt_func", "precision") if k in given}
     ways = {k: given[k] for k in ("how", "cbs") if k in given}
     whole = train(learner(folder, **made), tmp_path / "whole", **ways)
     for i, (phase, at) in enumerate([(0, (0, 1)), (0, (2, 3)), (1, (0, 0)), (1, (1, 2)), (1, (2, 4))]):

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam, Lookahead
 
 from ftlib.data.images import image_data
 from ftlib.deploy.bundle import load_bundle, save_bundle
 from ftlib.deploy.predict import as_predictor
+from ftlib.models import precision
 from ftlib.models.cnn import cnn
 from ftlib.persist.checkpoint import load_checkpoint
 from ftlib.train.vision import vision_learner
@@ -27,7 +30,7 @@ def images():
 def learner(images, device="cuda", **kwargs):
     dls = image_data(images, size=16, bs=8, seed=0, num_workers=0, valid=.3, device=torch.device(device))
     torch.manual_seed(0)
-    return vision_learner(dls, cnn(dls, channels=(8, 16)), metrics=accuracy, seed=0, precision="fp32", **kwargs)
+    return vision_learner(dls, cnn(dls, channels=(8, 16)), metrics=accuracy, seed=0, **dict(precision="fp32") | kwargs)
 
 
 def quiet(learn, method, *args, **kwargs):
@@ -78,3 +81,56 @@ def test_fine_tuning(images):
     learn = learner(images)
     quiet(learn, "fine_tune", 1, freeze_epochs=1)
     assert learn.evaluate().table.value["top1"] > .5
+
+
+class Overflow(Callback):
+    "Infinite gradients in one step"
+    order, run_valid = 7, False
+    def before_step(self):
+        if self.learn.train_iter == 2: list(self.learn.model.parameters())[-1].grad[0] = np.inf
+
+
+def trained(learn, **kwargs):
+    quiet(learn, "fit", 3, 1e-2, **kwargs)
+    return [p.detach().cpu() for p in learn.model.parameters()]
+
+
+@pytest.mark.parametrize("opt_func", [Adam, torch.optim.AdamW, looking_ahead])
+def test_half_precision(images, opt_func):
+    "The loss of single precision, an overflow that is skipped, and gradients that are clipped when they are divided"
+    whole, half = (learner(images, precision=p, opt_func=opt_func, cache=False) for p in ("fp32", "fp16"))
+    for learn in (whole, half):
+        learn.unfreeze()
+        trained(learn, cbs=GradientClip(1.))
+    assert np.allclose(whole.history.train_loss, half.history.train_loss, atol=.05)
+    before = half.loss_scaling.scale
+    trained(half, cbs=Overflow())
+    assert half.history.skipped.tolist()[-3:] == [1, 0, 0] and half.loss_scaling.scale == before / 2
+
+
+def test_half_precision_is_resumed(images, tmp_path):
+    class Killed(BaseException): pass
+    class Dies(Callback):
+        order, is_setting = 99, False
+        def after_epoch(self):
+            if self.learn.epoch == 1: raise Killed
+    def run(place, resume=False, dies=()):
+        return trained(learner(images, precision="fp16"), checkpoint=tmp_path / place, resume=resume,
+                       cbs=[Overflow(), *dies])
+    whole = run("whole")
+    with pytest.raises(Killed): run("cut", dies=[Dies()])
+    for a, b in zip(whole, run("cut", resume=True), strict=True): assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_gpu_without_bfloat16_tries_half_precision(images, monkeypatch, tmp_path):
+    monkeypatch.setenv("FTLIB_CACHE", str(tmp_path))
+    monkeypatch.delenv("FTLIB_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    net, x = learner(images).model.cuda(), torch.rand(64, 3, 16, 16, device="cuda")
+    table = precision.measure(net, x)
+    assert [p.dtype for p in table.index] == ["fp32", "fp32", "fp16"] and (table.off < .02).all()
+    monkeypatch.setattr(precision, "choose", lambda table: table.index[-1])
+    learn = learner(images, precision="auto", cache=False)
+    learn.unfreeze()
+    trained(learn)
+    assert learn.precision_policy.dtype == "fp16" and learn.history.skipped.notna().all()

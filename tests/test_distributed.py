@@ -32,6 +32,7 @@ from ftlib.data.stream import stream_data
 from ftlib.errors import TrainError
 from ftlib.models.cnn import cnn
 from ftlib.models.network import Body, Network, Normalize
+from ftlib.models.precision import as_precision_policy
 from ftlib.persist.checkpoint import checkpoints
 from ftlib.system.interrupt import TrainingStopped
 from ftlib.teach.distill import Distill
@@ -228,6 +229,39 @@ def test_accumulated_gradients(workers):
         tensors(10, net=network(norm=False))
     with together(two, workers): two.fit(2, 1e-2, cbs=GradientAccumulation(20))
     assert_equal_training(one, two)
+
+
+class OverflowInOne(Callback):
+    "In one process alone: infinite gradients in one step, a loss that is NaN in another"
+    order, run_valid = 7, False
+    def after_loss(self):
+        if self.learn.processes.rank == 1 and self.learn.train_iter == 5:
+            self.learn.loss_grad = self.learn.loss_grad * float("nan")
+            self.learn.loss = self.learn.loss_grad.detach().clone()
+    def before_step(self):
+        if self.learn.processes.rank == 1 and self.learn.train_iter == 2:
+            next(self.learn.model.parameters()).grad[0] = float("inf")
+
+
+def in_fp16(bs):
+    learn = tensors(bs, net=network(norm=False))
+    learn.precision, learn.precision_policy = "fp16", as_precision_policy("fp16")
+    return learn
+
+
+def test_half_precision_skips_a_step_in_all_processes(workers):
+    two = in_fp16(25)
+    with together(two, workers): two.fit(2, 1e-2, cbs=OverflowInOne())
+    assert two.history.skipped.tolist() == [1, 1]
+    assert two.loss_scaling.scale == 65536 / 2, "halved by the overflow, and not by the loss"
+    assert all(p.isfinite().all() for p in two.model.parameters())
+
+
+def test_half_precision_in_two_processes_is_that_of_one(workers):
+    one, two = alone(in_fp16(50), lambda learn: learn.fit(2, 1e-2)), in_fp16(25)
+    with together(two, workers): two.fit(2, 1e-2)
+    assert np.allclose(one.history[COLUMNS], two.history[COLUMNS], atol=.02)
+    assert one.loss_scaling.kept == two.loss_scaling.kept
 
 
 def test_statistics_of_batch_norms_are_the_same_in_all_processes(workers):

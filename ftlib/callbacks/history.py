@@ -104,10 +104,15 @@ class EpochLog(Callback):
         at = dict(phase=self.phase, epoch=self.learn.epoch)
         self.rows.append({**at, **scores, 'lr': self.lrs[-1], 'seconds': time.perf_counter() - self.started,
                           'frozen': getattr(self.learn.model, 'frozen', 0), 'cached': self.cached,
-                          'fill_seconds': self.filled[0], 'fill_bytes': self.filled[1]})
+                          'fill_seconds': self.filled[0], 'fill_bytes': self.filled[1], **self._skipped()})
         self.filled = 0., 0
         self.step_rows += [{**at, 'loss': l, 'lr': lr} for l, lr in zip(torch.stack(self.losses).tolist(), self.lrs)]
         self.trained, self.losses = False, []
+
+    def _skipped(self):
+        "Steps that fp16 has skipped, where it trains"
+        scaling = getattr(self.learn, 'loss_scaling', None)
+        return {} if scaling is None or scaling.scaler is None else {'skipped': scaling.skipped}
 
     def state_dict(self):
         "The whole state, steps as columns"
@@ -163,7 +168,7 @@ def plot_history(
 
 # %% ../../nbs/50_callbacks.history.ipynb #18f7dafc
 _not_metrics = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds',
-                'fill_bytes')
+                'fill_bytes', 'skipped')
 
 # %% ../../nbs/50_callbacks.history.ipynb #855f67a2
 def _epoch_ends(epochs, steps):

@@ -282,7 +282,7 @@ def load_checkpoint(
     folder,            # The folder of the checkpoints
     which:str='last',  # 'last', or 'best' by the `monitor` of its `Checkpoint`
 ):
-    "Load weights, optimizer and history of a checkpoint into `learn`. Raises `CheckpointError`."
+    "Load weights, optimizer, loss scale and history of a checkpoint into `learn`. Raises `CheckpointError`."
     if which not in ('last', 'best'): raise CheckpointError(f"which={which!r}: give 'last' or 'best'.")
     files = _files(folder)
     for i, path in enumerate(files):
@@ -299,6 +299,7 @@ def load_checkpoint(
             raise CheckpointError(f'{path} belongs to another network: {difference(*shapes) or "other layers"}.'[:600])
         if learn.opt is None: learn.create_opt()
         restore_model(learn, state)
-        load_callback_states([learn.epoch_log], state['callbacks'])
+        scaling = getattr(learn, 'loss_scaling', None)
+        load_callback_states([learn.epoch_log, *([] if scaling is None else [scaling])], state['callbacks'])
         return learn
     raise CheckpointError(f'there is no readable checkpoint in {folder}.')

@@ -124,6 +124,13 @@ class Hints(Callback):
             if name in self.borders: found[name] = x
         return found
 
+    def extra_params(self):
+        "Parameters of an own optimizer, whose gradients `LossScaling` divides too"
+        return [] if self.opt is None else list(self.regressors.parameters())
+
+    def after_cancel_step(self):
+        if self.opt is not None: self.opt.zero_grad()
+
     def after_step(self):
         if self.opt is None: return
         self.opt.step()

@@ -26,6 +26,7 @@ from .fine_tune import fine_tune
 from ..cache.session import held_session, on_features
 from ..errors import TrainError
 from ..callbacks.history import EpochLog
+from ..callbacks.loss_scaling import trains_in_fp16
 from ..system.console import say
 from ..system.memory import release_memory
 from ..lr.rates import Schedule
@@ -45,7 +46,9 @@ class CheckFiniteLoss(Callback):
                                                       'lr_finder') and not torch.isfinite(self.learn.loss).all():
             raise TrainError(f'the loss of the first batch is {float(self.learn.loss.detach().mean())}: nothing was '
                              f'trained. Check the inputs '
-                             '(`dls.one_batch()[0].isfinite().all()`) and the weights for NaN and infinity.')
+                             '(`dls.one_batch()[0].isfinite().all()`) and the weights for NaN and infinity.'
+                             + (' Or the numbers of the network exceed those of fp16 (65,504): precision="fp32".'
+                                if trains_in_fp16(self.learn) else ''))
 
     def after_train(self):
         if hasattr(self.learn, 'loss') and not hasattr(self.learn,

@@ -34,6 +34,7 @@ from .methods import LearnerMethods
 from .predictions import PredictLearner
 from ..errors import TrainError
 from ..callbacks.history import EpochLog, Recorder, plot_history
+from ..callbacks.loss_scaling import LossScaling
 from ..lr.finder import find_lr
 from ..lr.rates import LearningRates
 from ..models.precision import as_precision_policy
@@ -71,7 +72,7 @@ class Learner(LearnerMethods, PredictLearner):
         # Cache the features of frozen stages (see `on_features`): True, False, or 'valid', of validation images only
         cache:bool|str=True,
         views:int=2,            # Number of random augmentations of each image whose features are cached
-        # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', or a `PrecisionPolicy`
+        # 'auto': the fastest that agrees, measured at the first batch; 'fp32', 'bf16', 'fp16', or a `PrecisionPolicy`
         precision='auto',
         # Seed of every fit and sweep, together with the number of earlier fits: the same fits give the same weights
         seed:int=None,
@@ -84,8 +85,8 @@ class Learner(LearnerMethods, PredictLearner):
         self.default_cbs = default_cbs
         self.lock = Turns()
         if default_cbs:
-            self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, LearningRates, EpochLog,
-                          BestWeights, CheckFiniteLoss])
+            self.add_cbs([*(_OURS.get(cb, cb) for cb in defaults.callbacks), EvalFrozenModules, LearningRates,
+                          LossScaling, EpochLog, BestWeights, CheckFiniteLoss])
         self.add_cbs(cbs)
         if cache not in (True, False, 'valid'): raise TrainError(f"cache={cache!r}: give True, False or 'valid'.")
         self.cache, self.views, self.seed = cache, views, seed

@@ -18,6 +18,7 @@ from fastcore.foundation import L
 from ..cache.session import held_session
 from ..callbacks.best import BestWeights
 from ..callbacks.history import EpochLog, Recorder
+from ..callbacks.loss_scaling import LossScaling
 from ..callbacks.progress import Progress
 from ..data.loader import broken_mask
 from ..errors import TrainError
@@ -32,7 +33,7 @@ from .groups import EvalFrozenModules
 
 # %% ../../nbs/63b_train.predictions.ipynb #05b34f55
 _KEEP_RECORDS = (TrainEvalCallback, Recorder, Progress, EpochLog, BestWeights, CheckFiniteLoss, EvalFrozenModules,
-                 LearningRates, fastai.learner.CastToTensor)
+                 LearningRates, LossScaling, fastai.learner.CastToTensor)
 
 # %% ../../nbs/63b_train.predictions.ipynb #8dbae3dd
 class PredictLearner(FitLearner):

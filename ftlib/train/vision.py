@@ -52,7 +52,7 @@ def vision_learner(
     # Cache the features of frozen stages: True, False, or 'valid', of validation images only
     cache:bool|str=True,
     views:int=2,          # Number of random augmentations of each image whose features are cached
-    # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', or a `PrecisionPolicy`
+    # 'auto': the fastest that agrees with single precision; 'fp32', 'bf16', 'fp16', or a `PrecisionPolicy`
     precision='auto',
     compile=False,        # Compile the network with torch.compile, which takes minutes; True, or the name of a backend
     init=nn.init.kaiming_normal_,
