@@ -2275,6 +2275,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ftlib.train.fine_tune.fine_tune': ('train.fine_tune.html#fine_tune', 'ftlib/train/fine_tune.py'),
                                        'ftlib.train.fine_tune.judge': ('train.fine_tune.html#judge', 'ftlib/train/fine_tune.py')},
             'ftlib.train.fits': { 'ftlib.train.fits.CheckFiniteLoss': ('train.fits.html#checkfiniteloss', 'ftlib/train/fits.py'),
+                                  'ftlib.train.fits.CheckFiniteLoss._lost': ( 'train.fits.html#checkfiniteloss._lost',
+                                                                              'ftlib/train/fits.py'),
                                   'ftlib.train.fits.CheckFiniteLoss.after_loss': ( 'train.fits.html#checkfiniteloss.after_loss',
                                                                                    'ftlib/train/fits.py'),
                                   'ftlib.train.fits.CheckFiniteLoss.after_train': ( 'train.fits.html#checkfiniteloss.after_train',

@@ -41,20 +41,20 @@ class CheckFiniteLoss(Callback):
     "Raise an error if the first loss is not finite; warn if an epoch ends with a loss that is not finite."
     order, run_valid, uses_images = 40, False, False
 
+    def _lost(self):
+        "The loss where it is not finite and no sweep is going on"
+        if hasattr(self.learn, 'lr_finder') or torch.isfinite(self.learn.loss).all(): return None
+        return float(self.learn.loss.detach().mean())
+
     def after_loss(self):
-        if self.learn.train_iter == 0 and not hasattr(self.learn,
-                                                      'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            raise TrainError(f'the loss of the first batch is {float(self.learn.loss.detach().mean())}: nothing was '
-                             f'trained. Check the inputs '
-                             '(`dls.one_batch()[0].isfinite().all()`) and the weights for NaN and infinity.'
-                             + (' Or the numbers of the network exceed those of fp16 (65,504): precision="fp32".'
-                                if trains_in_fp16(self.learn) else ''))
+        if self.learn.train_iter or (loss := self._lost()) is None: return
+        raise TrainError(f'the loss of the first batch is {loss}: nothing was trained. Check the inputs '
+                         '(`dls.one_batch()[0].isfinite().all()`) and the weights for NaN and infinity.'
+                         + " In fp16 numbers end at 65,504: try precision='fp32'." * trains_in_fp16(self.learn))
 
     def after_train(self):
-        if hasattr(self.learn, 'loss') and not hasattr(self.learn,
-                                                       'lr_finder') and not torch.isfinite(self.learn.loss).all():
-            warnings.warn(f'epoch {self.learn.epoch} ended with a loss of {float(self.learn.loss.detach().mean())}: '
-                          f'weights contain non-finite values. '
+        if hasattr(self.learn, 'loss') and (loss := self._lost()) is not None:
+            warnings.warn(f'epoch {self.learn.epoch} ended with a loss of {loss}: weights contain non-finite values. '
                           'Use a lower learning rate.')
 
 # %% ../../nbs/63_train.fits.ipynb #9facad2c
@@ -111,8 +111,7 @@ class FitLearner(StepLearner):
                   checkpoint, resume)
 
     def fit_sgdr(self, n_cycles, cycle_len, lr_max=None, cycle_mult=2, cbs=None, reset_opt=False, wd=None,
-                 start_epoch=0,
-                 checkpoint=None, resume=False):
+                 start_epoch=0, checkpoint=None, resume=False):
         "Fit by cosine annealing with restarts, each cycle `cycle_mult` times as long (Loshchilov & Hutter 2017)."
         for name, n in (('n_cycles', n_cycles), ('cycle_len', cycle_len), ('cycle_mult', cycle_mult)):
             if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
@@ -287,9 +286,8 @@ class FitLearner(StepLearner):
         """Context manager that restores momentum after a fit, and after an error everything that callbacks have
         changed, except the history"""
         moms = [h.get('mom') for h in self.opt.hypers]
-        restore, hooks = snapshot(*(o for o in learner_parts(self)
-                                    if not isinstance(o,
-                                                      (Recorder, EpochLog, BestWeights)))), hooks_snapshot(self.model)
+        parts = [o for o in learner_parts(self) if not isinstance(o, (Recorder, EpochLog, BestWeights))]
+        restore, hooks = snapshot(*parts), hooks_snapshot(self.model)
         try: yield
         except BaseException:
             restore()
