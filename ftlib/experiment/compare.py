@@ -17,6 +17,8 @@ from ..evaluate.report import Report
 from ..errors import CompareError
 from ..system.console import literal_legend
 from .paired import holm, paired_test
+from .soup import Soup, soup_of_runs
+from ..parallel.jobs import worker_count
 from .runs import RunStore, as_seeds, correct_mask, execute_run, run_missing, run_report
 
 # %% ../../nbs/95_experiment.compare.ipynb #29911bee
@@ -25,7 +27,8 @@ class Comparison:
     def __init__(self,
         runs:dict,             # {name: runs, one per seed}
         confidence:float=.95,  # Of the intervals
-    ): self.runs, self.confidence = {k: v for k, v in runs.items() if v}, confidence
+        learn=None,            # A learner of one of the runs, for `soup`
+    ): self.runs, self.confidence, self.learn = {k: v for k, v in runs.items() if v}, confidence, learn
 
     def right(self, name) -> np.ndarray:
         "Seeds × images: 1 for a correct prediction."
@@ -80,6 +83,17 @@ class Comparison:
             raise CompareError(f'there is no run of {name!r} with seed {seed}; use one of {", ".join(self.runs)}.')
         return run_report(found[0], f'{name}, seed {found[0]["seed"]}')
 
+    def soup(self,
+        names=None,  # Of methods whose runs take part; by default all
+        like=None,   # Data, or a learner of the same network; by default that of a run in this process
+    ) -> Soup:
+        """The mean of the weights of runs, of those that do not make it worse on the validation images (greedy soup,
+        Wortsman et al. 2022). `compare(..., weights=True)` keeps the weights. Raises `CompareError`."""
+        names = list(self.runs) if names is None else [names] if isinstance(names, str) else list(names)
+        if unknown := [n for n in names if n not in self.runs]:
+            raise CompareError(f'there is no run of {unknown[0]!r}; use some of {", ".join(self.runs)}.')
+        return soup_of_runs([r for n in names for r in self.runs[n]], self.learn if like is None else like)
+
     def plot(self, ax=None):
         "Plot accuracy against seconds, one point per seed."
         import matplotlib.pyplot as plt
@@ -132,6 +146,7 @@ def compare(
     budget:float|None=None,   # Seconds after which no further run is started
     confidence:float=.95,
     say=print,                # Called with a line for each run
+    weights:bool=False,       # Keep the weights of each run, in the folder if there is one, for `Comparison.soup`
 ) -> Comparison:
     "Train each method with each seed, and evaluate all on the same images. Raises `CompareError`."
     if not isinstance(ways, dict) or not ways:
@@ -140,17 +155,25 @@ def compare(
         raise CompareError(f'{odd!r} is a {type(ways[odd]).__name__}: give a function of a seed that returns a trained '
                            f'learner.')
     seeds, ways = as_seeds(seeds), {str(k): f for k, f in ways.items()}
-    runs, start, done = RunStore(folder), time.perf_counter(), {name: [] for name in ways}
+    runs, start, done = RunStore(folder, weights), time.perf_counter(), {name: [] for name in ways}
+    last = [] if weights and worker_count() == 1 else None  # learners of other processes stay there
     todo = [(seed, name) for seed in seeds for name in ways]  # the first seed of every method comes before the second
     def line(i, name, seed, run):
         right = run_report(run).table['value'].iloc[0]
         return f'{i + 1} of {len(todo)}: {name}, seed {seed}: {right:.4f} in {run["seconds"]:.1f} s'
     def over(): return budget is not None and time.perf_counter() - start > budget
-    for run in run_missing(runs, ((name, seed, ways[name], (name, seed)) for seed, name in todo),
-                           partial(_execute, ways, on), line, over, say).values(): done[run['name']].append(run)
+    tasks = ((name, seed, ways[name], (name, seed)) for seed, name in todo)
+    execute = partial(_execute, ways, on, weights, last)
+    for run in run_missing(runs, tasks, execute, line, over, say).values(): done[run['name']].append(run)
     if left := len(todo) - sum(map(len, done.values())):
         say(f'Budget of {budget:.0f} s reached, {left} runs left; repeat the call with the same folder=.')
-    return Comparison(done, confidence)
+    return Comparison(done, confidence, last[-1] if last else None)
 
 # %% ../../nbs/95_experiment.compare.ipynb #48e9be86
-def _execute(ways, on, task): return execute_run(ways[task[0]], task[1], on)
+def _execute(ways, on, weights, last, task):
+    "Train once; the learner is the only one in `last`, unless that is None"
+    def way(seed):
+        learn = ways[task[0]](seed)
+        if last is not None: last[:] = [learn]
+        return learn
+    return execute_run(way, task[1], on, weights)

@@ -22,6 +22,7 @@ from ..evaluate.report import Report
 from ..errors import CompareError
 from ..parallel.jobs import worker_count
 from ..system.tables import as_objects
+from .soup import Soup, soup_of_runs
 from .runs import RunStore, execute_run, run_missing, run_report
 from ..cache.features import targets_of
 
@@ -121,6 +122,18 @@ class CrossValidation:
         return Report(self.predict(dl), targets, self.classes, dl.dataset.items, confidence=self.confidence,
                       title='test, by the ensemble of the folds', broken=broken_mask(dl))
 
+    def soup(self,
+        on,         # Labelled images that no fold trained on: 'test', a source or a loader, as for `evaluate`
+        like=None,  # Data, or a learner of the same network; by default that of a fold in this process
+    ) -> Soup:
+        """The mean of the weights of the folds, of those that do not make it worse on the images `on`, which decide:
+        figures of the result need yet other images. Each image of the folds was trained on by the networks of the other
+        folds. `cross_validate(..., weights=True)` keeps the weights. Raises `CompareError`."""
+        if isinstance(on, str) and on in ('valid', 'train'):
+            raise CompareError(f"soup({on!r}): the networks of the other folds were trained on these images. Give "
+                               f"'test', or images that no fold has.")
+        return soup_of_runs(self.runs, like if like is not None else self.learners[-1] if self.learners else None, on)
+
     def __repr__(self): return f'{len(self.runs)} folds\n{self.table.round(4).to_string()}'
 
 # %% ../../nbs/97_experiment.crossval.ipynb #40fe25d4
@@ -151,6 +164,7 @@ def cross_validate(
     names=None,            # Display names of the classes
     keep:bool=True,        # Keep the learners, for the ensemble
     say=print,             # Called with a line for each fold
+    weights:bool=False,    # Keep the weights of each fold, in the folder if there is one, for `CrossValidation.soup`
     root=None, path=None, label=None, split=None,  # As for `image_data`
     **data,                # More arguments of `image_data`: size, bs, augment, …
 ) -> CrossValidation:
@@ -177,16 +191,17 @@ def cross_validate(
             yield name, seed, train, (train, seed + repeat * k + fold, about)
     def line(i, name, seed, run): return f'{name}: {run_report(run).lines()[0]} in {run["seconds"]:.1f} s'
     learners = [] if keep and worker_count() == 1 else None  # those of other processes stay there
-    done = list(run_missing(RunStore(folder), tasks(), partial(_execute, learners), line, say=say).values())
+    runs, execute = RunStore(folder, weights), partial(_execute, learners, weights)
+    done = list(run_missing(runs, tasks(), execute, line, say=say).values())
     if len(learners or ()) < len(done): learners = []
     return CrossValidation(done, inside, classes, learners)
 
 # %% ../../nbs/97_experiment.crossval.ipynb #4c2d5e2c
-def _execute(learners, task):
+def _execute(learners, weights, task):
     "Train for a fold; the learner is added to `learners`, unless that is None"
     train, seed, about = task
     def way(seed):
         learn = train(seed)
         if learners is not None: learners.append(learn)
         return learn
-    return execute_run(way, seed) | about
+    return execute_run(way, seed, weights=weights) | about

@@ -71,6 +71,7 @@ def trainer(
     arch,                      # A name, or a function that builds a network, as for `vision_learner`
     weights='imagenet',        # As for `vision_learner`; 'scratch' uses none
     epochs:int=5,
+    head_seed:int=None,        # Seed of the head's initialisation; by default that of the run. `soup` needs one for all
     **kwargs,                  # More arguments of `vision_learner`
 ):                             # Function of (data, seed) that returns a trained learner
     "A recipe as a training function, for `cross_validate`."
@@ -79,7 +80,8 @@ def trainer(
     def train(dls, seed):
         set_seed(seed)
         learn = vision_learner(dls, arch, weights=None if name == 'scratch' else weights,
-                               **dict(metrics=accuracy, seed=seed) | kwargs)
+                               **dict(metrics=accuracy, seed=seed if head_seed is None else head_seed) | kwargs)
+        if head_seed is not None: learn.seed = seed
         with learn.no_bar(), learn.no_logging(): RECIPES[name](learn, epochs)
         return learn
     return train

@@ -75,6 +75,7 @@ def execute_run(
     way,              # seed → trained learner
     seed:int,
     on='valid',       # As for `evaluate`
+    weights:bool=False, # Add the weights, and what `soup` asks of them
 ) -> dict:            # Results as plain values and arrays
     "Train once and return the results. Random numbers start from the seed, whatever ran before."
     set_seed(seed)
@@ -91,7 +92,7 @@ def execute_run(
                 epochs=len(history), best_epoch=_best(learn, history), images_per_second=images_per_second(learn),
                 history=history.to_dict('list'),
                 probs=report.probs.astype(np.float32), targets=np.asarray(report.targets), classes=list(report.classes),
-                files=files, places=report.places)
+                files=files, places=report.places) | (_weights(learn) if weights else {})
 
 # %% ../../nbs/94_experiment.runs.ipynb #63642aac
 def _best(learn, history):
@@ -100,6 +101,13 @@ def _best(learn, history):
     if column not in history: return len(history)
     values = history[column].to_numpy(float) * (1 if _lower(learn, column) else -1)
     return int(values.argmin()) + 1
+
+# %% ../../nbs/94_experiment.runs.ipynb #1fbbd21c
+def _weights(learn):
+    "The weights, a checksum of those that the training started from, and what builds the network"
+    return dict(weights={k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()},
+                start=learn.start_sum, built=getattr(learn.model, 'built_by', None),
+                bn=getattr(learn.model, 'bn', 'moving'))
 
 # %% ../../nbs/94_experiment.runs.ipynb #0370b548
 def _lower(learn, column):
@@ -120,9 +128,11 @@ def as_seeds(
 class RunStore:
     "Store of finished runs by name and seed, one file each"
     def __init__(self,
-        folder=None,  # Created if missing; None: runs are kept in memory only
+        folder=None,         # Created if missing; None: runs are kept in memory only
+        weights:bool=False,  # A run without its weights is not taken
     ):
         self.folder, self.known, self._untold = None if folder is None else Path(folder), {}, set()
+        self.weights = weights
         if self.folder is not None: self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name, seed, way=None):
@@ -130,9 +140,11 @@ class RunStore:
         another function made it, or one with other helpers, globals or data."""
         if (name, seed) not in self.known and self.folder is not None:
             for path in sorted(self.folder.glob(f'{_stem(name, seed)}-*.safetensors')):
-                try: self.known[name, seed] = read_packed(path)
+                try: self.known[name, seed] = self._at_home(read_packed(path))
                 except (DamagedError, OSError) as e: warnings.warn(f'{e} The run is repeated.')
         run = self.known.get((name, seed))
+        if run is not None and self.weights and run.get('weights') is None:
+            return self._report(name, 'which weights it had')
         if run is None or way is None: return run
         key = self.of(way)
         if not key or not run['way']:
@@ -142,6 +154,10 @@ class RunStore:
                                f'helpers or globals, or with other data: use another name or folder.')
         return run
 
+    def _at_home(self, run):
+        "The run with the path of its weights in this folder, which may have been moved"
+        return run if run.get('weights') is None else run | dict(weights=self.folder / run['weights'].name)
+
     def _report(self, name, what):
         if name not in self._untold: print(f'{name!r} is trained again: it cannot be told {what}.')
         self._untold.add(name)
@@ -150,7 +166,10 @@ class RunStore:
         "Store a run; `key` is what `of` gave before it. A function that changes what it uses has no lasting name"
         after = self.of(way)
         run = dict(run, name=name, seed=seed, way=after if key in (None, after) else '')
-        if self.folder is not None: write_packed(self.folder, _stem(name, seed), run)
+        if self.folder is not None:
+            if run.get('weights') is not None:  # a file of its own, which only `soup` reads
+                run['weights'] = write_packed(self.folder, f'{_stem(name, seed)}.weights', run['weights'])
+            write_packed(self.folder, _stem(name, seed), run)
         self.known[name, seed] = run
         return run
 

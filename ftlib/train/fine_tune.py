@@ -37,11 +37,13 @@ class Judgement:
 
 # %% ../../nbs/62_train.fine_tune.ipynb #32b13218
 def judge(
-    learn,  # A learner with a validation set
+    learn,    # A learner with a validation set
+    dl=None,  # A loader of other labelled images
 ) -> Judgement|None:  # None if the loss gives no value per image
-    "Predict the validation set and return the loss of each image."
+    "Predict the validation set, or the images of a loader, and return the loss of each image."
     with learn.no_bar(), learn.no_logging():
-        try: probs, targets, loss = learn.get_preds(ds_idx=1, with_loss=True, act=learn.probabilities_of)
+        try: probs, targets, loss = learn.get_preds(**(dict(ds_idx=1) if dl is None else dict(dl=dl)), with_loss=True,
+                                                    act=learn.probabilities_of)
         except TypeError: return None  # a loss function without `reduction`
     if loss.ndim != 1 or len(loss) != len(targets): return None
     broken = loss.isnan() & probs.reshape(len(probs), -1).isnan().all(1)
@@ -142,6 +144,7 @@ class _Run:
         self.learn, self.lr, self.freeze_to, self.kwargs = learn, lr, freeze_to, kwargs
         self.rows, self.sweeps, self.head, self.forward = [], {}, None, 0.
         self.start, self.head_weights, self.n_rows = _copy_of(learn.model), None, len(learn.epoch_log.rows)
+        self.phases = {}  # the weights with which each phase ended, for `blend`
         loaders = learn.dls.loaders
         self.validates = len(loaders) > 1 and len(loaders[1]) > 0
 
@@ -153,8 +156,10 @@ class _Run:
         if self.budget is None or self._minutes_left() > 0:
             if epochs or self.budget: self._train_all(epochs)
             if (epochs or self.budget) and self.validates: self._keep_the_better()
+        else: self.learn.unfreeze()  # as after the phase that there was no time for
         for row in self.rows: row.setdefault('kept', row is self.rows[-1])
         self.learn.fine_tuning, self.learn.sweeps = pd.DataFrame(self.rows), self.sweeps
+        self.learn.phase_weights = self.phases
 
     def _has_head(self, asked):
         "Train the head first? If the body is pretrained or epochs of the head were requested, and if there is a head"
@@ -210,6 +215,7 @@ class _Run:
         best = self.learn.best_weights
         if not best.restore(): raise RunFailed(f'the head: {_NOT_FINITE}')
         self.head, self.head_weights = judge(self.learn), _copy_of(self.learn.model)
+        self.phases['head'] = self.head_weights
         self.before = ('the head' if best.best[best.monitor]['at'][0] == self.rows[0]['fit']
             else f'the weights from before, {best.describe()}')
 
@@ -272,9 +278,10 @@ class _Run:
 
     def _keep_the_better(self):
         "Restore the best weights of all epochs; those of the head if the whole network is not significantly better"
-        best = self.learn.best_weights
+        best, last = self.learn.best_weights, _copy_of(self.learn.model)
         if not best.restore(): raise RunFailed(f'the whole network: {_NOT_FINITE}')
         ends_on_whole = best.best[best.monitor]['at'][0] == self.rows[-1]['fit']
+        self.phases['whole network'] = _copy_of(self.learn.model) if ends_on_whole else last
         after = judge(self.learn) if self.head is not None and ends_on_whole else None
         verdict = compare_on_images(self.head, after) if after is not None else None
         if ends_on_whole and (verdict is None or verdict.better):

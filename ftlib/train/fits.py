@@ -65,8 +65,8 @@ class FitLearner(StepLearner):
     cache, views = True, 2  # see `Learner`
     seed = None  # see `Learner`
     pretrained = False  # does the body have pretrained weights? Set by `vision_learner`
-    # of the last `fine_tune` without a learning rate: one row per phase, and the results of `lr_find`
-    fine_tuning = sweeps = None
+    # of the last `fine_tune` without a learning rate: one row per phase, the results of `lr_find`, {phase: its weights}
+    fine_tuning = sweeps = phase_weights = None
     fits_kept = {}  # {folder: number of finished fits}
     _fit_plan = 0, None, None  # first epoch, checkpointer, state to resume from
 

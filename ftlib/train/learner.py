@@ -28,6 +28,7 @@ from ..system.turns import Turns
 from ..cache.session import held_session
 from ..metrics.activation import check_mixing
 from ..callbacks.best import BestWeights
+from .blend import weights_sum
 from .fits import CheckFiniteLoss
 from .groups import EvalFrozenModules
 from .methods import LearnerMethods
@@ -57,6 +58,8 @@ def _hypers(state):
 # %% ../../nbs/64_train.learner.ipynb #1f49e785
 class Learner(LearnerMethods, PredictLearner):
     "Subclass of fastai's Learner that accepts the same arguments."
+    start_sum = None  # checksum of the weights that the first fit started from
+
     def __init__(self, dls, model,
         loss_func=None,         # By default that of the data
         opt_func=Adam,          # fastai's optimizer function, any torch optimizer class, or a partial of one
@@ -96,7 +99,8 @@ class Learner(LearnerMethods, PredictLearner):
         self('after_create')
 
     # a copy that is made during a fit has images
-    def __getstate__(self): return super().__getstate__() | dict(features=None, processes=None, workers=None)
+    def __getstate__(self): return super().__getstate__() | dict(features=None, processes=None, workers=None,
+                                                                 phase_weights=None)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -116,6 +120,7 @@ class Learner(LearnerMethods, PredictLearner):
         with self.lock.turn():
             self.load_weights(file, device, with_opt, strict, **kwargs)
             if hasattr(self, 'best_weights'): self.best_weights.forget()  # the best epochs belong to other weights
+            self.start_sum = None
         return self
 
     def load_weights(self, file, device=None, with_opt=True, strict=True, **kwargs):
@@ -147,6 +152,7 @@ class Learner(LearnerMethods, PredictLearner):
 
     def _fit(self, n_epoch, lr, scheds, wd, cbs, *args, **kwargs):
         check_mixing(self, [*self.cbs, *L(cbs)])
+        if self.start_sum is None: self.start_sum = weights_sum(self.model)
         if self.workers is not None:
             return self.workers.call(self, '_fit', n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
         with self.lock.turn(trains=True), torch.enable_grad(), kept_callbacks(self):

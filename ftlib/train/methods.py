@@ -56,6 +56,11 @@ class LearnerMethods:
         from ftlib.evaluate.calibrate import classify
         return classify(self, items, threshold)
 
+    def blend(self, before='head', a=.5):
+        "Set the weights to a mean of those from before and those of now (`ftlib.train.blend.blend`)."
+        from ftlib.train.blend import blend
+        return blend(self, before, a)
+
     def grad_cam(self, items, of=None, at=None):
         "Maps of where in an image a class is seen (`ftlib.evaluate.gradcam.grad_cam`)."
         from ftlib.evaluate.gradcam import grad_cam
