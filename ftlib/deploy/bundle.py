@@ -71,6 +71,7 @@ def save_bundle(
     author:str=None,
     notes:str=None,       # Anything a user should know
     report=None,          # Its figures; by default `learn.evaluate()` makes them
+    compared:int=COMPARED, # Validation images, at most, for which the file is compared with the learner
 ) -> Path:
     """Write the classifier as one file, after it was loaded again and gave the same answers. Raises `DeployError`, and
     leaves no file, where it cannot be shipped."""
@@ -86,20 +87,20 @@ def save_bundle(
     try:
         text = json.dumps(about, allow_nan=False)
         save_file(weights, draft, metadata={'ftlib': text, 'sha256': bundle_digest(text, weights)})
-        _same_answers(shipped, load_bundle(draft, device=shipped.device), learn)
+        _same_answers(shipped, load_bundle(draft, device=shipped.device), learn, compared)
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     finally: Path(draft).unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/91_deploy.bundle.ipynb #8daa08f9
-def _same_answers(shipped, again, learn):
+def _same_answers(shipped, again, learn, compared):
     "Raises `DeployError` where an image of the validation set gets other probabilities"
     if (shipped.prepare, shipped.classes) != (again.prepare, again.classes):
         raise DeployError(f'loaded again, the classifier prepares images or names classes in another way: '
                           f'{again.prepare}. No file was written.')
     items = [item.source for item in (learn.dls.valid_ds.tls[0].items or learn.dls.train_ds.tls[0].items)]
-    items = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), COMPARED)).astype(int)]
+    items = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), compared)).astype(int)]
     different, pixels = 0, (x for _, x, _ in _prepared(shipped.prepare, items, min(8, os.cpu_count() or 1), 128)
                             if x is not None)
     while batch := list(islice(pixels, 64)):

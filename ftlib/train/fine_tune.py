@@ -175,7 +175,7 @@ class _Run:
             cached = cached and bool(learn.cache)
             epochs = epochs or (30 if cached else 1)
             lr = self.lr or (usual_lr(learn) if self.budget and not cached else None) or self._learning_rate('head')
-            if self.budget is not None: cbs = [*cbs, Budget(min(self.budget * _HEAD_SHARE, self._minutes_left()))]
+            if self.budget is not None: cbs = [*cbs, Budget(self._minutes_for_the_head())]
             with learn.no_logging():
                 if self.validates and epochs > 4:
                     learn.fit(epochs, lr, **self.kwargs | dict(cbs=[*cbs, EarlyStopping(patience=3, cooldown=3)]))
@@ -209,6 +209,10 @@ class _Run:
         "What is left for the whole network, less the predictions that the comparison with the head needs"
         last = self.forward * len(self.learn.dls.valid) if self.head is not None else 0.
         return self.budget - (time.perf_counter() - self.start_time + last) / 60
+
+    def _minutes_for_the_head(self):
+        "Its share, if so much is left; enough for a step, if nothing is"
+        return max(min(self.budget * _HEAD_SHARE, self._minutes_left()), 1e-3)
 
     def _remember_head(self):
         "Store the best head, and its results on the validation set"
