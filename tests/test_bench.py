@@ -59,3 +59,15 @@ def test_the_bench_of_predictions_runs(root, place):
     table = pd.read_csv(out).set_index(["way", "files"])
     assert table.loc[("predict", 20), "images"] == 18 and table.loc[("predict", 20), "errors"] == 2
     assert ((table["images/s"] > 0) == (table["images"] > 0)).all()
+
+
+def test_the_bench_of_shipping_runs(root, place):
+    "An architecture that can be shipped, and one that does not exist"
+    out = place / "shipping.csv"
+    command = [sys.executable, "-W", "ignore", root / "bench" / "shipping.py", "--out", out, "--archs",
+               "timm:test_resnet", "timm:resnet81"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    good, unknown = pd.read_csv(out).to_dict("records")
+    assert good["bundle"] in (True, "True") and good["onnx"] < 1e-4 and good["changed"] == 0, good
+    assert "resnet81" in unknown["refused"] and pd.isna(unknown["onnx"])

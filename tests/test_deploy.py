@@ -6,33 +6,24 @@ import random
 
 import numpy as np
 import pytest
+import shipping
 import torch
 from fastai.metrics import accuracy
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ftlib.data.images import image_data
 from ftlib.deploy.bundle import load_bundle
 from ftlib.deploy.onnx import write_onnx
 from ftlib.deploy.predict import predict_images, as_predictor
-from ftlib.errors import ArchError, DeployError, RunError
+from ftlib.errors import DeployError, RunError
 from ftlib.experiment.pipeline import weights_about
-from ftlib.models.arch import torchvision_names
 from ftlib.models.cnn import cnn
 from ftlib.train.vision import vision_learner
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    "A folder of two classes of coloured noise, wide and tall, as PNG and JPEG"
-    folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
-    for label, colour in (("red", 0), ("blue", 2)):
-        (folder / label).mkdir()
-        for i in range(10):
-            pixels = rng.integers(0, 120, (40 + 7 * i, 90 - 5 * i, 3), dtype=np.uint8)
-            pixels[..., colour] += 100
-            Image.fromarray(pixels).save(folder / label / f"{i}.{'jpg' if i % 2 else 'png'}")
-    return folder
+    return shipping.photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture(scope="module")
@@ -203,36 +194,16 @@ def test_a_link_and_a_pipe(shipped, tmp_path):
     with pytest.raises(DeployError, match="regular"): load_bundle(tmp_path / "pipe.ftl")
 
 
-# One small network of each family of timm; all classifiers of torchvision are asked too
-TIMM = """bat_resnext26ts beit_base_patch16_224 cait_xxs24_224 coat_lite_tiny coatnet_nano_rw_224 convit_tiny
-convmixer_768_32 crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_patch16_224 dla34 dpn48b
-ese_vovnet19b_dw resnet10t edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_lite0
-efficientvit_m0 efficientvit_b0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny
-ghostnet_050 mixer_s32_224 hardcorenas_a hgnetv2_b0 hrnet_w18_small inception_next_atto inception_v4 levit_128s
-mambaout_femto mobilevit_xxs mvitv2_tiny nextvit_small dm_nfnet_f0 pit_ti_224 pvt_v2_b0 regnetx_002
-repghostnet_050 repvit_m0_9 res2net50_26w_4s resnest14d rexnet_100 legacy_seresnet18 selecsls42b skresnet18
-starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 tiny_vit_5m_224 twins_svt_small visformer_tiny
-volo_d1_224 xception41 xcit_nano_12_p16_224""".split()
 FEW = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "timm:mobilenetv3_small_050", "timm:vit_tiny_patch16_224",
        "timm:convnext_atto"]
-MORE = [arch for arch in [*torchvision_names(), *(f"timm:{name}" for name in TIMM)] if arch not in FEW]
+MORE = [arch for arch in shipping.architectures() if arch not in FEW]
 SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in MORE]
-
-
-def untrained(photographs, arch):
-    "A learner with random weights, over the smallest images that the architecture takes"
-    more = dict(image_size=64 if arch.endswith("32") else 112) if arch.startswith("vit_") else {}
-    for size in more.values() or (64, 128, 224, 240, 256):
-        dls = image_data(photographs, size=size, bs=4, valid=.4, num_workers=0, seed=0)
-        try: return vision_learner(dls, arch.removeprefix("timm:"), weights=None, metrics=accuracy, seed=0, **more)
-        except ArchError as e: error = e
-    raise error
 
 
 @pytest.mark.parametrize("arch", [*FEW, *SLOW])
 def test_architectures_by_name(photographs, tmp_path, arch):
     "Built again from the file, an architecture gives the same answers to the bit"
-    learn = untrained(photographs, arch)
+    learn = shipping.untrained(photographs, arch)
     found = load_bundle(learn.bundle(tmp_path / "net.ftl"))
     ours, again = (p.predict_images(photographs, top=2, progress=False) for p in (as_predictor(learn), found))
     assert ours.equals(again) and ours.probability.notna().all()
@@ -243,5 +214,5 @@ def test_architectures_by_name(photographs, tmp_path, arch):
 def test_architectures_as_onnx(photographs, tmp_path, arch):
     pytest.importorskip("onnxscript")
     images = sorted(photographs.glob("*/*"))[::3]
-    table = write_onnx(as_predictor(untrained(photographs, arch)), tmp_path / "net.onnx", images)
+    table = write_onnx(as_predictor(shipping.untrained(photographs, arch)), tmp_path / "net.onnx", images)
     assert len(table) == len(images) and table.difference.max() < 1e-4, table
