@@ -63,9 +63,10 @@ _MOST = 2_000_000  # Objects; larger object graphs would take too long
 # By these an attribute of a module may be used that no code names
 _LOOKUPS = {'getattr', 'vars', '__dict__', 'attrgetter', 'globals', 'import_module'}
 
-# %% ../../nbs/30_cache.identity.ipynb #82b37e6b
-class _Walk:
-    "Hash an object and everything that it references, each object once"
+# %% ../../nbs/30_cache.identity.ipynb #57154419
+class _Tokens:
+    "Hash of a series of tokens; each object is seen once"
+
     def __init__(self, versions):
         self.hash, self.versions = hashlib.blake2b(digest_size=16), versions
         self.seen, self.held = {}, []     # Numbers of objects by `id`; the objects, so that no other gets the `id`
@@ -104,7 +105,9 @@ class _Walk:
     def put_library(self, module_name, name):
         self.put('library', module_name or '', name, version_of(module_name or '') if self.versions else '')
 
-    # ---- code
+# %% ../../nbs/30_cache.identity.ipynb #7b5fe86d
+class _CodeWalk(_Tokens):
+    "Adds functions, classes and modules to the hash"
 
     def function(self, f):
         own = not is_library_function(f)
@@ -181,7 +184,9 @@ class _Walk:
         owner = getattr(f, '__self__', None)
         if owner is not None and not isinstance(owner, types.ModuleType): self.see(owner)
 
-    # ---- values
+# %% ../../nbs/30_cache.identity.ipynb #f8a4281b
+class _ValueWalk(_Tokens):
+    "Adds values, networks and images to the hash"
 
     def list(self, o): self.subclass(o, lambda: self.see_all('list', list(o)))
     def dict(self, o): self.subclass(o, lambda: self.see_all('dict', [x for pair in dict(o).items() for x in pair]))
@@ -239,6 +244,10 @@ class _Walk:
         self.put('script', m.code if hasattr(m, 'forward') else '',
                  m.inlined_graph.__str__() if hasattr(m, 'forward') else '')
         self.see_pairs('state', m.state_dict().items())
+
+# %% ../../nbs/30_cache.identity.ipynb #82b37e6b
+class _Walk(_CodeWalk, _ValueWalk):
+    "Hash an object and everything that it references, each object once"
 
     def instance(self, o):
         """Class and attributes; of a library's objects what pickle would keep, of fastai's and ftlib's what they were

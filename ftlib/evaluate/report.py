@@ -34,43 +34,9 @@ from ..metrics.activation import check_probabilities
 # Figures of your own, as rows of `Report.table`: {name: f(report) → a number, or (value, low, high)}
 FIGURES = {}
 
-# %% ../../nbs/85_evaluate.report.ipynb #350c7834
-class Report:
-    "Metrics of predictions as DataFrames and plots"
-    def __init__(self,
-        probs,                 # images × classes: probabilities
-        targets,               # Class indices, or 0 and 1 for every class (multi-label)
-        classes,               # Names of the classes
-        items=None,            # The images: paths, arrays, or items of a data loader
-        losses=None,           # One per image; by default the cross-entropy
-        confidence:float=.95,  # Of the intervals
-        threshold:float=.5,    # For multi-label data: a class is predicted from this probability on
-        title:str='',          # Title, such as the name of the split
-        # A mask of images that could not be opened: they are left out of all figures and counted in `left_out`
-        broken=None,
-    ):
-        if isinstance(confidence, bool) or not 0 < confidence < 1:
-            raise EvaluateError(f'confidence={confidence!r}: give a share between 0 and 1, as .95.')
-        targets = np.asarray(targets)
-        # In the set, of the images that count
-        self.places = np.arange(len(targets)) if broken is None else np.flatnonzero(~np.asarray(broken))
-        self.left_out = len(targets) - len(self.places)
-        if not len(self.places) and self.left_out:
-            raise EvaluateError(f'none of the {self.left_out:,} images can be opened.')
-        if self.left_out:
-            probs, targets = np.asarray(probs)[self.places], targets[self.places]
-            losses = None if losses is None else np.asarray(losses)[self.places]
-            items = None if items is None else [items[i] for i in self.places]
-        how = dict(losses=losses, confidence=confidence)
-        self.scores = MultiLabel(probs, targets, classes, threshold=threshold,
-                                 **how) if targets.ndim == 2 else SingleLabel(probs, targets, classes, **how)
-        if items is not None and len(items) != len(self.scores.probs):
-            raise EvaluateError(f'{len(items):,} images for {len(self.scores.probs):,} predictions: give one image per '
-                                f'prediction.')
-        self.items, self.title = items, title
-
-    probs, targets, classes = (property(lambda self, k=k: getattr(self.scores, k))
-                               for k in ('probs', 'targets', 'classes'))
+# %% ../../nbs/85_evaluate.report.ipynb #4b9ec595
+class _ReportTables:
+    "Tables of a report, from its `scores`"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -111,18 +77,6 @@ class Report:
         if isinstance(self.scores, SingleLabel):
             return coverage(self.probs.max(1), self.scores.predicted == self.targets, self.scores.confidence)
 
-    def name_of(self, i:int, whole:bool=False) -> str:
-        "File name of the `i`-th image, or its path if `whole`."
-        source = getattr(self.items[i], 'source', self.items[i])
-        if isinstance(source, (str, Path)): return str(source) if whole else Path(source).name
-        return str(source) if type(source).__name__ == 'LazyImage' else f'image {i}'
-
-    def image(self, i:int, size:int=256):
-        "The `i`-th image, as it is in its file; grey where it cannot be opened."
-        if self.items is None: raise EvaluateError('the report has no images: pass items= to `Report`.')
-        try: return open_image(getattr(self.items[i], 'source', self.items[i]), size)
-        except ImageError: return Image.new('RGB', (size, size), '#b0b0b0')  # deleted or damaged since
-
     def lines(self) -> list:
         "The metrics as lines of text."
         said = []
@@ -138,6 +92,15 @@ class Report:
         return said
 
     def __repr__(self): return '\n'.join(([self.title] if self.title else []) + self.lines())
+
+    def label_errors(self) -> pd.DataFrame:
+        "Images whose label is probably wrong (`ftlib.evaluate.labels.label_errors`)."
+        from ftlib.evaluate.labels import label_errors
+        return label_errors(self)
+
+# %% ../../nbs/85_evaluate.report.ipynb #b9b055c6
+class _ReportPlots:
+    "Plots of a report"
 
     def plot_per_class(self, most=40, ax=None):
         "Plot recall of each class with its interval."
@@ -184,6 +147,15 @@ class Report:
         raise EvaluateError(f'no class {name!r}; there are '
                             f'{", ".join(self.classes[:10])}{" …" if len(self.classes) > 10 else ""}.')
 
+    def plot_label_errors(self, n:int=10, ncols:int=5):
+        "Plot the images whose labels are least probable (`ftlib.evaluate.labels.plot_label_errors`)."
+        from ftlib.evaluate.labels import plot_label_errors
+        return plot_label_errors(self, n, ncols)
+
+# %% ../../nbs/85_evaluate.report.ipynb #f901dfd2
+class _ReportFiles:
+    "Files of a report"
+
     def to_html(self,
         path,           # The file
         title:str='',   # By default the report's
@@ -209,15 +181,55 @@ class Report:
             write_csv(table, folder/f'{name}.csv', index=name in ('figures', 'confusion'))
         return [*(folder/f'{name}.csv' for name in tables), self.to_html(folder/'report.html', **kwargs)]
 
-    def label_errors(self) -> pd.DataFrame:
-        "Images whose label is probably wrong (`ftlib.evaluate.labels.label_errors`)."
-        from ftlib.evaluate.labels import label_errors
-        return label_errors(self)
+# %% ../../nbs/85_evaluate.report.ipynb #350c7834
+class Report(_ReportTables, _ReportPlots, _ReportFiles):
+    "Metrics of predictions as DataFrames and plots"
+    def __init__(self,
+        probs,                 # images × classes: probabilities
+        targets,               # Class indices, or 0 and 1 for every class (multi-label)
+        classes,               # Names of the classes
+        items=None,            # The images: paths, arrays, or items of a data loader
+        losses=None,           # One per image; by default the cross-entropy
+        confidence:float=.95,  # Of the intervals
+        threshold:float=.5,    # For multi-label data: a class is predicted from this probability on
+        title:str='',          # Title, such as the name of the split
+        # A mask of images that could not be opened: they are left out of all figures and counted in `left_out`
+        broken=None,
+    ):
+        if isinstance(confidence, bool) or not 0 < confidence < 1:
+            raise EvaluateError(f'confidence={confidence!r}: give a share between 0 and 1, as .95.')
+        targets = np.asarray(targets)
+        # In the set, of the images that count
+        self.places = np.arange(len(targets)) if broken is None else np.flatnonzero(~np.asarray(broken))
+        self.left_out = len(targets) - len(self.places)
+        if not len(self.places) and self.left_out:
+            raise EvaluateError(f'none of the {self.left_out:,} images can be opened.')
+        if self.left_out:
+            probs, targets = np.asarray(probs)[self.places], targets[self.places]
+            losses = None if losses is None else np.asarray(losses)[self.places]
+            items = None if items is None else [items[i] for i in self.places]
+        how = dict(losses=losses, confidence=confidence)
+        self.scores = MultiLabel(probs, targets, classes, threshold=threshold,
+                                 **how) if targets.ndim == 2 else SingleLabel(probs, targets, classes, **how)
+        if items is not None and len(items) != len(self.scores.probs):
+            raise EvaluateError(f'{len(items):,} images for {len(self.scores.probs):,} predictions: give one image per '
+                                f'prediction.')
+        self.items, self.title = items, title
 
-    def plot_label_errors(self, n:int=10, ncols:int=5):
-        "Plot the images whose labels are least probable (`ftlib.evaluate.labels.plot_label_errors`)."
-        from ftlib.evaluate.labels import plot_label_errors
-        return plot_label_errors(self, n, ncols)
+    probs, targets, classes = (property(lambda self, k=k: getattr(self.scores, k))
+                               for k in ('probs', 'targets', 'classes'))
+
+    def name_of(self, i:int, whole:bool=False) -> str:
+        "File name of the `i`-th image, or its path if `whole`."
+        source = getattr(self.items[i], 'source', self.items[i])
+        if isinstance(source, (str, Path)): return str(source) if whole else Path(source).name
+        return str(source) if type(source).__name__ == 'LazyImage' else f'image {i}'
+
+    def image(self, i:int, size:int=256):
+        "The `i`-th image, as it is in its file; grey where it cannot be opened."
+        if self.items is None: raise EvaluateError('the report has no images: pass items= to `Report`.')
+        try: return open_image(getattr(self.items[i], 'source', self.items[i]), size)
+        except ImageError: return Image.new('RGB', (size, size), '#b0b0b0')  # deleted or damaged since
 
 # %% ../../nbs/85_evaluate.report.ipynb #8fea8c36
 Report.picture = ftlib.renamed_method('picture', 'image')

@@ -26,25 +26,10 @@ def smooth(
     slope = np.where(var > 1e-12, (sxy * sw - sx * sy) / np.where(var > 1e-12, var, 1), 0)
     return (sy + slope * (x * sw - sx)) / sw
 
-# %% ../../nbs/47_lr.curve.ipynb #8b0e7ed7
-class LRCurve:
-    "The result of a learning-rate sweep. Learning rates are those of the head; losses are training losses."
-    n_sigma, min_rel_drop = 4., .1
-
-    def __init__(self,
-        lrs,             # Learning rates, ascending
-        losses,          # Loss of each batch at its learning rate
-        start=None,      # Loss of the same batches with the starting weights of the sweep
-        usual=None,      # The learning rate that worked best in similar trainings, if any was measured
-        within=10.,      # Largest factor between the suggestion and the usual learning rate
-    ):
-        self.usual, self.within = usual, within
-        lrs, losses = np.asarray(lrs, float), np.asarray(losses, float)
-        start = np.full(len(lrs), np.nan) if start is None else np.asarray(start, float)
-        if len(lrs) < 6 and np.isfinite(losses).all():
-            raise CurveError(f'{len(lrs)} points are too few for a curve: use num_it=20 or more.')
-        self.table = pd.DataFrame(dict(lr=lrs, loss=losses, start=start))
-        self._prepare(lrs, losses, start)
+# %% ../../nbs/47_lr.curve.ipynb #9eb1631d
+class _SweptLosses:
+    "Losses of a sweep, less those of the starting weights, smoothed; where they fall and rise"
+    n_sigma, min_rel_drop = 4., .1  # Noise times this, and this share of the loss, are a clear change
 
     def _prepare(self, lrs, losses, start):
         "Cut at the first non-finite loss, subtract the paired loss, clip, smooth"
@@ -111,18 +96,64 @@ class LRCurve:
         above[:first] = False
         return float(10 ** self.x[max(int(above.argmax()) - 1, 0)]) if above.any() else None
 
-    @cached_property
-    def lr_min_center(self) -> float | None:
-        """Centre of the minimum: weighted mean of the learning rates around the lowest loss that keep half of the
-        descent; None without a descent"""
-        return self._lr_min_center() if self.descends else None
-
     def _lr_min_center(self):
         kept = np.clip(-self.smoothed / self.depth - .5, 0, None)
         ends = np.flatnonzero(kept == 0)
         kept[:max(ends[ends < self.i_min], default=0)] = 0
         kept[min(ends[ends > self.i_min], default=len(kept)):] = 0
         return float(10 ** (kept @ self.x / kept.sum()))
+
+# %% ../../nbs/47_lr.curve.ipynb #1cf95384
+class _CurvePlot:
+    "Plot of a sweep"
+
+    def plot(self, ax=None):
+        "Plot the losses, the smoothed curve and the points on `ax` or new axes"
+        import matplotlib.pyplot as plt
+        if ax is None: _, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
+        lrs, curve = 10 ** self.x, self.start_loss + self.smoothed
+        ax.plot(lrs, self.start_loss + self.delta, '.', color='C0', alpha=.3, ms=4, label='batches')
+        ax.plot(lrs, curve, color='C0', label='smoothed')
+        points = [('steepest', self.lr_half_descent, 'C1'), ('minimum', self.lr_min_center, 'C2'),
+                  ('rise', None if self.descends else self.diverges_at, 'C3')]
+        for name, lr, color in points:
+            if not lr: continue
+            at = np.interp(np.log10(lr), self.x, curve)
+            ax.plot(lr, at, 'o', color=color, ms=7, label=f'{name} {lr:.1e}')
+            if name != 'steepest':
+                ax.axvline(lr / 10, color=color, ls=':', lw=1.5, label=f'{name}/10 {lr / 10:.1e}')
+        if np.isfinite(self.suggested):
+            ax.axvline(self.suggested, color='k', lw=1.5, label=f'suggested {self.suggested:.1e}')
+        ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='' if self.descends else 'no clear descent')
+        ax.legend(fontsize=8, loc='lower left' if self.descends else 'upper left')
+        ax.set_ylim(top=self.start_loss + 1.1 * max(self.delta[:max(self.i_min, 5)].max(), .4 * self.start_loss,
+                                                    self._min_effect * 2))
+        return ax
+
+# %% ../../nbs/47_lr.curve.ipynb #8b0e7ed7
+class LRCurve(_SweptLosses, _CurvePlot):
+    "The result of a learning-rate sweep. Learning rates are those of the head; losses are training losses."
+
+    def __init__(self,
+        lrs,             # Learning rates, ascending
+        losses,          # Loss of each batch at its learning rate
+        start=None,      # Loss of the same batches with the starting weights of the sweep
+        usual=None,      # The learning rate that worked best in similar trainings, if any was measured
+        within=10.,      # Largest factor between the suggestion and the usual learning rate
+    ):
+        self.usual, self.within = usual, within
+        lrs, losses = np.asarray(lrs, float), np.asarray(losses, float)
+        start = np.full(len(lrs), np.nan) if start is None else np.asarray(start, float)
+        if len(lrs) < 6 and np.isfinite(losses).all():
+            raise CurveError(f'{len(lrs)} points are too few for a curve: use num_it=20 or more.')
+        self.table = pd.DataFrame(dict(lr=lrs, loss=losses, start=start))
+        self._prepare(lrs, losses, start)
+
+    @cached_property
+    def lr_min_center(self) -> float | None:
+        """Centre of the minimum: weighted mean of the learning rates around the lowest loss that keep half of the
+        descent; None without a descent"""
+        return self._lr_min_center() if self.descends else None
 
     @cached_property
     def lr_half_descent(self) -> float | None:
@@ -175,26 +206,3 @@ class LRCurve:
                     f'{self.suggested:.2e}')
         if self.diverges_at: return f'No clear descent; {where}. Suggested is a tenth of that: {self.suggested:.2e}'
         return 'No clear descent, and no rise: the sweep gives no learning rate'
-
-    def plot(self, ax=None):
-        "Plot the losses, the smoothed curve and the points on `ax` or new axes"
-        import matplotlib.pyplot as plt
-        if ax is None: _, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
-        lrs, curve = 10 ** self.x, self.start_loss + self.smoothed
-        ax.plot(lrs, self.start_loss + self.delta, '.', color='C0', alpha=.3, ms=4, label='batches')
-        ax.plot(lrs, curve, color='C0', label='smoothed')
-        points = [('steepest', self.lr_half_descent, 'C1'), ('minimum', self.lr_min_center, 'C2'),
-                  ('rise', None if self.descends else self.diverges_at, 'C3')]
-        for name, lr, color in points:
-            if not lr: continue
-            at = np.interp(np.log10(lr), self.x, curve)
-            ax.plot(lr, at, 'o', color=color, ms=7, label=f'{name} {lr:.1e}')
-            if name != 'steepest':
-                ax.axvline(lr / 10, color=color, ls=':', lw=1.5, label=f'{name}/10 {lr / 10:.1e}')
-        if np.isfinite(self.suggested):
-            ax.axvline(self.suggested, color='k', lw=1.5, label=f'suggested {self.suggested:.1e}')
-        ax.set(xscale='log', xlabel='learning rate', ylabel='loss', title='' if self.descends else 'no clear descent')
-        ax.legend(fontsize=8, loc='lower left' if self.descends else 'upper left')
-        ax.set_ylim(top=self.start_loss + 1.1 * max(self.delta[:max(self.i_min, 5)].max(), .4 * self.start_loss,
-                                                    self._min_effect * 2))
-        return ax
