@@ -5,6 +5,7 @@ top of that: a table of the arguments, an anchor for every name, links from pros
 contents. Saved outputs are shown as they are; nothing is trained here.
 """
 
+import configparser
 import inspect
 import re
 import shutil
@@ -205,6 +206,21 @@ def package_pages(names):
                     f"ftlib.\n\n{parts}\n"}
 
 
+def colab_badge(path, address):
+    "Markdown of a badge that opens the notebook at `path` in Colab, from the repository at `address` on GitHub"
+    owner = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", address)
+    if owner is None: raise ValueError(f"url = {address} in setup.cfg: Colab opens notebooks of https://github.com/…")
+    opened = f"https://colab.research.google.com/github/{owner[1]}/blob/main/{path}"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({opened})"
+
+
+def address():
+    "The project's address by setup.cfg; empty as long as it has none, and tutorials no badge"
+    metadata = configparser.ConfigParser()
+    metadata.read(ROOT / "setup.cfg")
+    return metadata.get("metadata", "url", fallback="")
+
+
 def toctree(caption, names):
     "One part of the contents"
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *names, "```"])
@@ -216,6 +232,10 @@ def main():
     sources = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     pages = {page_name(p): as_page(p, set()) for p in sources}
     anchors = set().union(*map(documented, pages.values()))
+    for path in sources if address() else []:
+        if path.parent.name == "tutorials":
+            badge = colab_badge(path.relative_to(ROOT).as_posix(), address())
+            pages[page_name(path)].cells.insert(1, mk_cell(badge, "markdown"))
     pages["index"].cells.append(mk_cell(contents([n for n in pages if n != "index"]), "markdown"))
     (PAGES / "api").mkdir(parents=True)
     for name, text in package_pages(pages).items(): (PAGES / "api" / f"{name}.md").write_text(text, encoding="utf-8")

@@ -236,3 +236,14 @@ def test_text_keeps_to_the_project(root):
             assert not found, f"{name}: {text[max(0, found.start() - 60):found.end() + 60]!r}"
             bare = re.search(r"^\s*except\s*:", text, re.M)
             assert not bare, f"{name}: a bare except"
+
+
+def test_the_badge_of_a_tutorial_leads_to_colab(root, monkeypatch):
+    "Tutorials have it once setup.cfg names the project's address"
+    monkeypatch.syspath_prepend(root / "docs")
+    from pages import colab_badge
+    for url in ("https://github.com/me/ftlib", "https://github.com/me/ftlib.git", "https://github.com/me/ftlib/"):
+        badge = colab_badge("nbs/tutorials/ship.ipynb", url)
+        assert badge.endswith("(https://colab.research.google.com/github/me/ftlib/blob/main/nbs/tutorials/ship.ipynb)")
+    for url in ("https://example.com/me/ftlib", "github.com/me/ftlib", "https://github.com/me"):
+        with pytest.raises(ValueError, match="url ="): colab_badge("nbs/tutorials/ship.ipynb", url)
