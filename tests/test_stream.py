@@ -465,3 +465,56 @@ def test_a_command_runs_only_where_it_is_asked_for(shards, tmp_path):
 def test_without_webdataset_the_message_names_the_extra(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset.gopen", None)
     with pytest.raises(DataError, match=r"pip install 'ftlib\[stream\]'"): list(build(shards).train)
+
+
+# ---- what is validated on
+
+def test_no_shard_is_trained_and_validated_on(shards, tmp_path):
+    for valid in (shards, tmp_path / "train-00003.tar", [str(tmp_path / "train-00000.tar")]):
+        with pytest.raises(DataError, match="trained on"): build(shards, valid)
+    about = json.loads((tmp_path / "train-index.json").read_text())
+    (tmp_path / "other-00000.tar").write_bytes((tmp_path / "train-00004.tar").read_bytes())  # a copy of another name
+    row = next(r for r in about["shards"] if r["name"] == "train-00004.tar")
+    (tmp_path / "other-index.json").write_text(json.dumps(about | dict(shards=[row | dict(name="other-00000.tar")])))
+    with pytest.raises(DataError, match="other-00000.tar is validated on.*train-00004.tar"):
+        build(shards, tmp_path / "other-00000.tar")
+    (tmp_path / "train-index.json").write_text(json.dumps(about | dict(shards=[*about["shards"],
+                                                                              row | dict(name="other-00000.tar")])))
+    with pytest.raises(DataError, match="the same images"): build(shards)
+
+
+@pytest.mark.parametrize("splits, held", [(None, 8), (["valid"] * 8, 8), (["train", "valid"] * 4, 4),
+                                          (["train", "test"] * 4, None), (["train"] * 8, None), (["test"] * 8, None),
+                                          (["valid", "test"] * 4, 4)], ids=str)
+def test_only_validation_images_of_a_source_are_validated_on(shards, splits, held):
+    images, labels = numbered(8)
+    source = {"image": images, "label": labels} | ({} if splits is None else {"split": splits})
+    if held is None:
+        with pytest.raises(DataError, match="none for 'valid'"): build(shards, source)
+    else: assert len(build(shards, source).valid_ds) == held
+
+
+@pytest.mark.parametrize("labels, classes, ok", [
+    (["1", "2"], ["1", "2", "3"], False), (["1", "0"], ["1", "0"], False), (["dog", "1"], None, False),
+    (["007", "7"], None, False), (["0", "1"], ["x", "x"], False), (["0", "2"], ["5", "6", "7"], True),
+    (["0", "1", "2"], ["1", "2", "10"], True), (["3", "1"], None, True), (["b", "a"], ["a", "b"], True)], ids=str)
+def test_a_label_has_one_meaning(tmp_path, labels, classes, ok):
+    tar_of(tmp_path / "a-0.tar", *(m for i, label in enumerate(labels)
+                                   for m in ((f"{i}.png", png(i)), (f"{i}.cls", label.encode()))))
+    if not ok:
+        with pytest.raises(DataError): index_shards(tmp_path / "a-0.tar", classes=classes)
+        assert not (tmp_path / "a-index.json").exists()
+        return
+    index_shards(tmp_path / "a-0.tar", classes=classes)
+    found = open_shards(tmp_path / "a-0.tar")
+    names = [found.names[n] for n in found.labels]
+    assert names == [label if classes is None or label in classes and "0" not in labels else classes[int(label)]
+                     for label in labels]
+
+
+def test_a_pipe_is_no_shard_and_no_index(shards, tmp_path):
+    os.mkfifo(tmp_path / "pipe-0.tar")
+    os.mkfifo(tmp_path / "pipe-index.json")
+    for call in (lambda: index_shards(tmp_path / "pipe-0.tar"), lambda: read_index(str(tmp_path / "pipe-index.json")),
+                 lambda: build(tmp_path / "pipe-0.tar"), lambda: build(shards, tmp_path / "pipe-%d.tar")):
+        with pytest.raises(DataError, match="regular file"): call()

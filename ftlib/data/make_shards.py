@@ -150,6 +150,7 @@ def index_shards(
     found = [_count(url, commands) for url in urls]
     texts = {t for _, texts in found for t in texts}
     classes = _classes(texts) if classes is None else list(map(str, classes))
+    _check_unambiguous(texts, classes)
     # checked as in reading: the label of each sample is one of the classes
     for url, (row, texts) in zip(urls, found):
         row["labels"] = [image_and_class({"__key__": f"image {i}", "jpg": b"", "cls": t.encode()}, classes, url)[1]
@@ -161,6 +162,20 @@ def _classes(texts):
     "Names of the classes: numbers are counted from 0, also those that do not occur"
     if all(t.isascii() and t.isdigit() for t in texts): return [str(i) for i in range(max(map(int, texts)) + 1)]
     return _ordered(texts)
+
+# %% ../../nbs/19b_data.make_shards.ipynb #aa585ce6
+def _check_unambiguous(texts, classes):
+    """Raise `DataError` for two classes of the same name, and where a label is the number of one class and the name of
+    another"""
+    if len(set(classes)) < len(classes): raise DataError(f"classes={classes!r}: two classes have the same name.")
+    for text in sorted(t for t in texts if t.isascii() and t.isdigit()):
+        number = int(text)
+        if str(number) != text and str(number) in texts:
+            raise DataError(f"the labels {text!r} and {str(number)!r} would be one class: use one spelling.")
+        # a label without a name, as 0 of the classes 1 to 3, says that all are numbers
+        if texts <= set(classes) and number < len(classes) and classes.index(text) != number:
+            raise DataError(f"the label {text!r} is the number of the class {classes[number]!r} and the name of "
+                            f"another: labels that are numbers count the classes from 0. Give classes= other names.")
 
 # %% ../../nbs/19b_data.make_shards.ipynb #f4985d80
 def _count(url, commands):

@@ -71,7 +71,9 @@ def open_shard(
     "Open a shard, or an index. Raises `DataError` for an address that cannot be opened."
     check_scheme(url, commands)
     path = local_path(url)
-    return _webdataset()[0](url) if path is None else open(path, "rb")
+    if path is None: return _webdataset()[0](url)
+    if path.exists() and not path.is_file(): raise DataError(f"{path} is not a regular file.")  # a pipe would wait
+    return open(path, "rb")
 
 # %% ../../nbs/19_data.shards.ipynb #73de0914
 def _webdataset():
@@ -153,6 +155,7 @@ def read_index(url:str, commands:bool=False) -> dict:  # classes, and shards: a 
         with open_shard(url, commands) as f: about = json.loads(f.read())
         if about["format"] != INDEX: raise ValueError(f"its format is {about['format']!r}, not {INDEX!r}")
         if not about["shards"] or not all(isinstance(c, str) for c in about["classes"]): raise ValueError("it is empty")
+        if len(set(about["classes"])) < len(about["classes"]): raise ValueError("two classes have one name")
         for row in about["shards"]: _check_row(row, len(about["classes"]))
     except DataError: raise
     except FileNotFoundError as e:
@@ -293,7 +296,8 @@ def open_shards(
     folder = re.fullmatch(r"(.*[/\\])?.*", index.partition("?")[0] if "://" in index else index)[1] or ""
     if by_index: urls = [folder + name for name in rows]
     shards = Shards(urls, [_row_of(url, rows, index) for url in urls], about["classes"], commands)
-    if len(set(urls)) < len(urls): raise DataError(f"{shown(urls[0])} and others: a shard is listed twice.")
+    twice = [u for u, row in zip(urls, shards.rows) if sum(r["sha256"] == row["sha256"] for r in shards.rows) > 1]
+    if twice: raise DataError(f"{' and '.join(map(shown, twice[:2]))} hold the same images: list a shard once.")
     shards.check_files()
     return shards
 

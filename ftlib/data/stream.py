@@ -20,7 +20,7 @@ from fastai.torch_core import default_device
 from .cache import DecodedImages, digest
 from .images import ImageData, _check_settings, _without_bad, augmentations
 from .loader import ImageDL, Sample, class_numbers, decode_side, image_loader, n_workers
-from .shards import Shards, open_shards
+from .shards import Shards, open_shards, shown as address_of
 from .sources import read_source
 from .splits import show_names
 from ..errors import DataError, ImageError, did_you_mean
@@ -227,6 +227,7 @@ def stream_data(
                   num_workers=n_workers(n, size) if num_workers is None else num_workers)
     category = class_numbers(shards.names)
     items, cls, decoded, bad = _validation(valid, shards, size, commands)
+    if isinstance(items, Shards): _check_disjoint(shards, items)
     dls = ImageData(
         image_loader(shards, 0, category, size, *views, cls=StreamDL, seed=seed, buffer=shuffle, rank=rank, world=world,
                      epoch_images=epoch_images, **shared),
@@ -255,8 +256,11 @@ def _validation(valid, train, size, commands):
         shards.names = [shown.get(c) for c in _known(shards.classes, shown)]
         return shards, StreamDL, None, None
     source = read_source(valid)
-    source.table = source.table.copy()
-    if set(source.table["split"]) > {"valid"}: source.table = source.table[source.table["split"] == "valid"]
+    source.table, splits = source.table.copy(), set(source.table["split"].dropna())
+    if splits and "valid" not in splits:
+        raise DataError(f"the source for validation has images for {' and '.join(map(repr, sorted(splits)))}, and none "
+                        f"for 'valid': name the folder or table of the validation images alone.")
+    if splits: source.table = source.table[source.table["split"] == "valid"]
     _known(source.table["label"].unique(), shown)
     bad = _without_bad(source)
     items = [Sample(item, shown[label]) for item, label in zip(source.table["item"], source.table["label"])]
@@ -269,6 +273,15 @@ def _known(labels, classes):
     if unknown is None: return labels
     raise DataError(f"the validation set has the class {unknown!r}, which the training shards do not "
                     f"have.{did_you_mean(unknown, classes)}")
+
+# %% ../../nbs/19c_data.stream.ipynb #ef6d6b9f
+def _check_disjoint(train, valid):
+    "Raise `DataError` if a shard is in the training set and in the validation set, by its contents"
+    known = {row["sha256"]: url for row, url in zip(train.rows, train.urls)}
+    for row, url in zip(valid.rows, valid.urls):
+        if row["sha256"] in known:
+            raise DataError(f"{address_of(url)} is validated on, and {address_of(known[row['sha256']])} with the same "
+                            f"images is trained on: leave it out of one of them.")
 
 # %% ../../nbs/19c_data.stream.ipynb #55700ce4
 def _are_shards(source):
