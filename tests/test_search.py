@@ -20,10 +20,11 @@ from joblib import parallel_config
 from sklearn.datasets import load_digits
 
 from ftlib import Choice, Int, LogUniform, Uniform, compare, cross_validate, image_data, joint_space, tune
-from ftlib.errors import CompareError
+from ftlib.errors import CompareError, MetricError
 from ftlib.models.cnn import cnn
 from ftlib.search.space import read_space
 from ftlib.search.study import SAMPLERS, SharedStudy
+from ftlib.search.tuning import TuningPlots
 from ftlib.train.learner import Learner
 
 
@@ -262,3 +263,79 @@ def test_the_joint_space_is_a_space():
     space = joint_space(["resnet18", "mobilenet_v2"], [64])
     assert set(read_space(space)) == {"arch", "size", "bs", "augment", "lr", "depth", "body_lr", "wd"}
     assert isinstance(read_space(space)["arch"], Choice)
+
+
+# ---- names, values and settings of a search
+
+COLUMNS = ["trial", "value", "state", "epochs", "seconds", "same_as", "error", "score"]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_setting_may_be_called_as_a_column_of_the_table(name):
+    shared = SharedStudy(read_space({name: [3, 5], "x": Uniform(0, 1)}), sampler="random", trials=4)
+    given = []
+    for outcome in (dict(state="complete", value=.5), dict(state="pruned"), dict(state="failed", error="no memory"),
+                    dict(state="complete", value=.7)):
+        trial = shared.ask()
+        given.append(shared.arguments(trial))
+        shared.tell(trial, outcome | dict(metric="score", lower=False, epochs=2, seconds=1.5))
+    found = TuningPlots(shared, train=None)
+    assert found.trials[[name, "x"]].to_dict("records") == given and found.best == given[3] and found.best_value == .7
+    own = {o: found.trials[found.column(o)] for o in ("state", "epochs", "seconds", "error")}
+    assert own["state"].tolist() == ["complete", "pruned", "failed", "complete"]
+    assert own["error"].dropna().to_dict() == {2: "no memory"}
+    assert set(own["epochs"]) == {2} and set(own["seconds"]) == {1.5}
+    assert "trial 3" in repr(found) and found.best_so_far().tolist() == [.5, .5, .5, .7]
+    assert found.trials.columns.is_unique and found.trials.reset_index().columns.is_unique
+    assert found.plot() and found.plot_parallel()
+
+
+LONG = np.arange(2000)  # whose text leaves out the middle
+
+
+@pytest.mark.parametrize("values", [[1, True], [0, .5, False], [2, 2.], [LONG, np.where(LONG == 999, 0, LONG)],
+                                    [lambda: 1, lambda: 2], [np.float32(.5), .5]], ids=str)
+def test_values_that_would_be_one_are_refused(values):
+    with pytest.raises(CompareError, match="told apart"): read_space({"x": values})
+    named = read_space({"x": {str(i): v for i, v in enumerate(values)}})["x"]
+    assert [v is w for v, w in zip(named.values.values(), values)] == [True] * len(values)
+
+
+def test_results_of_a_function_that_cannot_be_identified_are_not_taken_over(tmp_path):
+    "Two functions of which nobody can tell whether they are the same: what one gave is not the result of the other"
+    dls, said = image_data(digits(60), size=8, bs=16, num_workers=0), []
+
+    def trained(accuracy_of):
+        held = (i for i in range(3))
+        def train(x):
+            _ = held
+            learn = Learner(dls, cnn(dls), metrics=accuracy)
+            learn.validate = lambda: [0., accuracy_of]
+            return learn
+        return train
+    for value in (.25, .75):
+        found = tune(trained(value), {"x": [1]}, trials=2 if value < .5 else 4, storage=tmp_path / "s.db",
+                     say=said.append)
+    assert found.trials["accuracy"].tolist() == [.25, .25, .75, .75]
+    assert sum("cannot be told" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("given", [dict(seed=None), dict(seed=1.5), dict(seed=-1), dict(seed="a"), dict(seed=True),
+                                   dict(minutes="5"), dict(minutes=True), dict(minutes=float("nan")), dict(first=5),
+                                   dict(first="x"), dict(first=[5]), dict(first={1: 2}), dict(storage=""),
+                                   dict(storage="."), dict(storage="nosql://x"), dict(metric=""), dict(metric=5),
+                                   dict(name=""), dict(name=None)], ids=str)
+def test_wrong_arguments_of_a_search(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def train(x): raise AssertionError("a trial was started")
+    with pytest.raises(CompareError): tune(train, {"x": [1, 2]}, trials=1, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_metric_is_named_and_a_storage_may_be_named_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    def train(x): return Learner(dls, cnn(dls), metrics=accuracy)
+    dls = image_data(digits(60), size=8, bs=16, num_workers=0)
+    with pytest.raises(MetricError, match="'acuracy'.*Did you mean 'accuracy'"):
+        tune(train, {"x": [1]}, trials=1, metric="acuracy", storage="~/s.db", say=lambda line: None)
+    assert (tmp_path / "s.db").exists()

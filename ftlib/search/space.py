@@ -98,8 +98,9 @@ class Choice:
         self.values = {}
         for value in values:
             shown = _shown(value)
-            if shown in self.values and self.values[shown] is not value and self.values[shown] != value:
-                raise CompareError(f'two values of a choice are both called {shown!r}: give a dictionary of names.')
+            if shown in self.values and not _is_same(self.values[shown], value):
+                raise CompareError(f'a choice has {self.values[shown]!r} and {value!r}, which cannot be told apart: '
+                                   f'give a dictionary of names.')
             self.values[shown] = value
 
     def shown(self, value):
@@ -119,6 +120,13 @@ def _shown(value):
     if isinstance(value, np.generic): value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)): return value
     return getattr(value, '__name__', None) or repr(value)
+
+# %% ../../nbs/98d_search.space.ipynb #f40c9aae
+def _is_same(a, b):
+    "Is it the same value? `1` and `True` are equal, but two values"
+    if a is b: return True
+    try: return type(a) is type(b) and bool(np.all(a == b))
+    except (TypeError, ValueError): return False  # arrays of different shapes
 
 # %% ../../nbs/98d_search.space.ipynb #3b9d1fc2
 _NNI = {'choice': lambda *o: Choice(o), 'uniform': Uniform, 'loguniform': LogUniform,

@@ -32,9 +32,13 @@ def open_storage(
     from optuna.storages.journal import JournalFileBackend
     if storage is None: return InMemoryStorage()
     if isinstance(storage, BaseStorage): return storage
-    if not isinstance(storage, (str, Path)):
+    if not isinstance(storage, (str, Path)) or not str(storage).strip() or os.path.isdir(storage):
         raise CompareError(f'storage={storage!r}: give a file, the URL of a database, or an Optuna storage.')
-    if (path := _file_of(storage)) is None: return RDBStorage(str(storage))
+    if (path := _file_of(storage)) is None:
+        from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+        try: return RDBStorage(str(storage))
+        except (ArgumentError, NoSuchModuleError) as e:
+            raise CompareError(f'storage={storage!r} is no URL of a database: {e}') from e
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in ('.log', '.journal'): return JournalStorage(JournalFileBackend(str(path)))
     return RDBStorage(f'sqlite:///{path}', engine_kwargs=dict(connect_args=dict(timeout=60)))
@@ -42,7 +46,8 @@ def open_storage(
 # %% ../../nbs/98e_search.study.ipynb #79e7cbea
 def _file_of(storage):
     "The path of a storage that is a file, or None"
-    return Path(storage).absolute() if isinstance(storage, (str, Path)) and '://' not in str(storage) else None
+    if not isinstance(storage, (str, Path)) or '://' in str(storage): return None
+    return Path(storage).expanduser().absolute()
 
 # %% ../../nbs/98e_search.study.ipynb #5aa9c6f6
 SAMPLERS = 'tpe', 'evolution', 'gp', 'random'
@@ -114,9 +119,10 @@ class SharedStudy:
         trials:int=50,        # Of the whole search
         seed:int=42,
         about:dict=None,      # Text by name that must be the same when the search is resumed
+        own:bool=False,       # Is a result for the same settings only taken from trials of this object?
     ):
-        self.space, self.trials, self.running = space, trials, set()
-        self.sampler = lambda rank: make_sampler(sampler, seed * 100_003 + rank, population, trials)
+        self.space, self.trials, self.own, self.running, self.asked = space, trials, own, set(), set()
+        self.sampler = lambda rank: make_sampler(sampler, (seed * 100_003 + rank) % 2 ** 32, population, trials)
         self.distributions = {k: v.distribution() for k, v in space.items()}
         self.path, self.storage, pruner = _file_of(storage), storage, make_pruner(pruner)
         first, optuna = self.sampler(0), import_optuna()
@@ -153,6 +159,7 @@ class SharedStudy:
             self.study.sampler = self.sampler(rank)
             trial = self.study.ask(self.distributions)
             self.running.add(trial.number)
+            self.asked.add(trial.number)
             trial.set_user_attr('process', _this_process())
             if sum(t.number < trial.number for t in self.counted()) < self.trials: return trial
             self._drop(trial)  # without a lock, another process took the last one at the same moment
@@ -225,7 +232,8 @@ class SharedStudy:
     def same_as(self, trial):
         "A complete trial with the same settings, or None: the same seed would give the same result"
         return next((t for t in self.study.get_trials(deepcopy=False) if t.state == type(t.state).COMPLETE
-                     and t.params == trial.params), None)
+                     and t.params == trial.params
+                     and (not self.own or t.number in self.asked)), None)
 
     def arguments(self, trial) -> dict:
         "The settings of a trial, as the arguments of a function"

@@ -9,6 +9,7 @@ __all__ = ['ReportToStudy', 'TrialRunner', 'tune']
 import gc
 import inspect
 import time
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -123,9 +124,10 @@ class TrialRunner:
         "The value of the weights that the learner has in the end, which need not be those of the last epoch"
         column = _metric_of(learn, self.metric)
         check_validated(learn, column, 'tune')
+        lower = lower_is_better(learn, column)
         with learn.no_bar(), learn.no_logging(): values = learn.validate()
         value = float(dict(zip(['valid_loss', *(m.name for m in learn.metrics)], values))[column])
-        found = dict(metric=column, lower=lower_is_better(learn, column), epochs=len(learn.history))
+        found = dict(metric=column, lower=lower, epochs=len(learn.history))
         if value - value != 0: return dict(state='failed', error=f'{column} is {value}', epochs=found['epochs'])
         return dict(state='complete', value=value, **found)
 
@@ -159,10 +161,13 @@ def tune(
     _check_arguments(make_learner, space)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise CompareError(f'trials={trials!r}: give a whole number, 1 or more.')
-    if minutes is not None and not minutes > 0: raise CompareError(f'minutes={minutes!r}: give a number above 0.')
-    shared = SharedStudy(space, storage, name, sampler, pruner, population, trials, seed,
-                         _about(make_learner, metric, seed) if storage is not None else None)
-    _begin_with(shared, first)
+    _check_numbers(minutes, seed, metric, name)
+    first, about = _settings_of(first, space), _about(make_learner, metric, seed) if storage is not None else None
+    untold = about is not None and not about['training function']
+    shared = SharedStudy(space, storage, name, sampler, pruner, population, trials, seed, about, untold)
+    if untold and (before := len(shared.counted())):
+        say(f'It cannot be told whether the training function is the one of the {before} trials in {storage}.')
+    for settings in first: shared.queue(settings)
     return _Search(shared, make_learner, metric, seed, minutes, say).run()
 
 # %% ../../nbs/98g_search.tune.ipynb #232e231f
@@ -170,15 +175,29 @@ def _about(func, metric, seed):
     "What must be the same in a search that is resumed"
     about = dict(seed=str(seed)) | ({} if metric is None else {'metric asked for': metric})
     try: return about | {'training function': identity(func)}
-    except IdentityError: return about
+    except IdentityError: return about | {'training function': ''}
 
 
-def _begin_with(shared, first):
-    "Queue settings that are given, unless they were tried"
-    for settings in [first] if isinstance(first, dict) else first or []:
-        if unknown := settings.keys() - shared.space.keys():
-            raise CompareError(f'first= has {sorted(unknown)[0]!r}, which is not in the search space.')
-        shared.queue(settings)
+def _check_numbers(minutes, seed, metric, name):
+    "Raises `CompareError` for arguments of another type or out of range"
+    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, Real) or not minutes > 0):
+        raise CompareError(f'minutes={minutes!r}: give a number above 0.')
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2 ** 32:
+        raise CompareError(f'seed={seed!r}: give a whole number from 0 to 2 ** 32 - 1.')
+    for what, text in (('metric', metric), ('name', name)):
+        if not (isinstance(text, str) and text.strip() or text is None and what == 'metric'):
+            raise CompareError(f'{what}={text!r}: give a text.')
+
+
+def _settings_of(first, space):
+    "Settings to begin with, as a list. Raises `CompareError`."
+    first = [first] if isinstance(first, dict) else first or []
+    if not isinstance(first, (list, tuple)) or not all(isinstance(o, dict) for o in first):
+        raise CompareError(f'first={first!r}: give a dictionary of settings, or a list of them.')
+    for settings in first:
+        if unknown := settings.keys() - space.keys():
+            raise CompareError(f'first= has {sorted(map(str, unknown))[0]!r}, which is not in the search space.')
+    return first
 
 # %% ../../nbs/98g_search.tune.ipynb #5c2ba719
 class _Search:

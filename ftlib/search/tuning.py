@@ -14,6 +14,9 @@ import pandas as pd
 from ..errors import RunFailed
 
 # %% ../../nbs/98f_search.tuning.ipynb #d726d433
+_ABOUT = 'epochs', 'seconds', 'same_as', 'error'  # columns of the table of trials after the settings
+
+
 class Tuning:
     "The trials of a search"
     def __init__(self,
@@ -30,18 +33,25 @@ class Tuning:
     @cached_property
     def trials(self) -> pd.DataFrame:
         "One row per trial, in their order: settings, value of the metric, state, epochs, seconds, and what went wrong."
-        rows = [self._row(t) for t in self.shared.counted()]
-        first = ['value', 'state', *self.shared.space, 'epochs', 'seconds', 'same_as', 'error']
-        table = pd.DataFrame(rows, columns=['trial', *first]).set_index('trial')
-        table = table.rename(columns={'value': self.metric})
-        return table.drop(columns=[c for c in ('same_as', 'error') if table[c].isna().all()])
+        counted = self.shared.counted()
+        table = pd.DataFrame([self._row(t) for t in counted], index=[t.number for t in counted], columns=[
+            *map(self.column, ('value', 'state')), *self.shared.space, *map(self.column, _ABOUT)])
+        empty = [c for c in map(self.column, ('same_as', 'error')) if table[c].isna().all()]
+        return table.drop(columns=empty).rename_axis(self.column('trial'))
 
     def _row(self, t):
         about = t.user_attrs
         value = t.value if t.value is None or not self.lower else -t.value
-        state = 'failed' if 'error' in about else t.state.name.lower()
-        return dict(t.params, trial=t.number, value=value, state=state,
-                    **{k: about.get(k) for k in ('epochs', 'seconds', 'same_as', 'error')})
+        own = dict(value=value, state='failed' if 'error' in about else t.state.name.lower(),
+                   **{name: about.get(name) for name in _ABOUT})
+        return t.params | {self.column(name): o for name, o in own.items()}
+
+    def column(self,
+        name:str,  # 'value' (of the metric), state, epochs, seconds, same_as, error
+    ) -> str:
+        "Name of a column of `trials`: a setting keeps its name, and then this one ends in ' of the trial'."
+        shown, taken = (self.metric, ['trial', 'state', *_ABOUT]) if name == 'value' else (name, [])
+        return f'{shown} of the trial' if shown in (*self.shared.space, *taken) else shown
 
     @property
     def metric(self) -> str:
@@ -58,7 +68,7 @@ class Tuning:
         "Number of the complete trial with the best value. Raises `RunFailed` if there is none."
         done = [t for t in self.shared.counted() if t.state.name == 'COMPLETE']
         if done: return max(done, key=lambda t: t.value).number  # the first of equals
-        errors = self.trials['error'].dropna() if 'error' in self.trials else ()
+        errors = self.trials[self.column('error')].dropna() if self.column('error') in self.trials else ()
         said = f' The first failed with {errors.iloc[0]}' if len(errors) else ''
         raise RunFailed(f'none of the {len(self.trials)} trials is complete.{said}')
 
@@ -70,7 +80,7 @@ class Tuning:
     @property
     def best_value(self) -> float:
         "Value of the best trial. As the best of many it is optimistic: evaluate its learner on images of a test set"
-        return float(self.trials.loc[self.best_trial, self.metric])
+        return float(self.trials.loc[self.best_trial, self.column('value')])
 
     def retrain(self):
         "Train once more with the best settings and the same seed; returns the learner."
@@ -78,7 +88,7 @@ class Tuning:
 
     def best_so_far(self) -> np.ndarray:
         "The best value after each trial; NaN before the first complete one"
-        values = self.trials[self.metric].where(self.trials['state'] == 'complete').astype(float)
+        values = self.trials[self.column('value')].where(self.trials[self.column('state')] == 'complete').astype(float)
         return (values.cummin() if self.lower else values.cummax()).ffill().to_numpy()
 
     def importance(self) -> pd.Series:
@@ -89,7 +99,7 @@ class Tuning:
         return pd.Series(found, name='importance', dtype=float).reindex(self.shared.space, fill_value=0.)
 
     def __repr__(self):
-        counts = self.trials['state'].value_counts()
+        counts = self.trials[self.column('state')].value_counts()
         head = f'{len(self.trials)} trials ({", ".join(f"{n} {state}" for state, n in counts.items())})'
         if 'complete' not in counts: return head
         settings = ', '.join(f'{k}={self._text(v)}' for k, v in self.study.trials[self.best_trial].params.items())
@@ -105,13 +115,14 @@ class TuningPlots(Tuning):
     "The plots of a `Tuning`"
     def plot(self, ax=None):
         "Plot the value of each trial, and the best so far."
-        ax, table = _axes(ax), self.trials
+        ax, table, value = _axes(ax), self.trials, self.column('value')
+        states = table[self.column('state')]
         for state, colour in (('complete', 'C0'), ('pruned', 'C1')):
-            part = table[table['state'] == state]
-            if len(part): ax.plot(part.index, part[self.metric], 'o', color=colour, alpha=.6, ms=5, label=state)
+            part = table[states == state]
+            if len(part): ax.plot(part.index, part[value], 'o', color=colour, alpha=.6, ms=5, label=state)
         ax.step(table.index, self.best_so_far(), where='post', color='C0', label='best so far')
-        for trial in table.index[table['state'] == 'failed']: ax.axvline(trial, color='C3', lw=1, alpha=.4)
-        ax.set(xlabel='trial (red lines: failed)' if (table['state'] == 'failed').any() else 'trial')
+        for trial in table.index[states == 'failed']: ax.axvline(trial, color='C3', lw=1, alpha=.4)
+        ax.set(xlabel='trial (red lines: failed)' if (states == 'failed').any() else 'trial')
         ax.set_ylabel(self.metric, parse_math=False)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(fontsize='small')
@@ -127,9 +138,10 @@ class TuningPlots(Tuning):
 
     def plot_parallel(self, ax=None):
         "Plot each complete trial as a line through its settings; better trials are darker."
-        ax, table = _axes(ax), self.trials[self.trials['state'] == 'complete'].sort_values(self.metric,
-                                                                                           ascending=not self.lower)
-        names = [*self.shared.space, self.metric]
+        ax, value = _axes(ax), self.column('value')
+        complete = self.trials[self.trials[self.column('state')] == 'complete']
+        table = complete.sort_values(value, ascending=not self.lower)
+        names = [*self.shared.space, value]
         scales = [_Scale(table[n], getattr(self.shared.space.get(n), 'values', None), _is_log(self.shared.space.get(n)))
                   for n in names]
         points = np.array([scale.at for scale in scales])
