@@ -10,6 +10,11 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
+from fastai.vision.augment import Resize
+from fastai.data.transforms import Normalize
+from fastai.vision.core import imagenet_stats
+from fastai.vision.data import ImageDataLoaders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
@@ -20,6 +25,7 @@ from ftlib.experiment.compare import compare
 from ftlib.errors import CompareError, WeightsError
 from ftlib.experiment.paired import holm, paired_test
 from ftlib.experiment.runs import RunStore
+from ftlib.persist.transaction import random_states
 from ftlib.train.vision import vision_learner
 
 SCRIPT = """
@@ -191,3 +197,31 @@ def test_a_learner_without_a_name_takes_the_best_body(stripes, monkeypatch, caps
     learn = vision_learner(dls, weights=None)
     said = capsys.readouterr().out
     assert f"The body is {learn.arch}, the best of 2" in said and learn.model.body.arch == learn.arch
+
+
+def test_a_choice_leaves_random_states_and_the_order_of_batches(stripes):
+    dls = image_data(stripes, size=32, bs=8, num_workers=0)
+    before = repr(random_states(*dls.loaders)) + repr(torch.get_rng_state().tolist())
+    choose.choose_body(dls, 1, {"test_resnet": None})
+    assert before == repr(random_states(*dls.loaders)) + repr(torch.get_rng_state().tolist())
+
+
+def test_images_are_normalised_once(stripes):
+    "Loaders that normalise give the features of loaders that leave it to the network"
+    seen = {}
+    for name, more in (("network", []), ("loaders", [Normalize.from_stats(*imagenet_stats, cuda=False)])):
+        dls = ImageDataLoaders.from_folder(stripes, valid_pct=.3, seed=0, item_tfms=Resize(32), batch_tfms=more, bs=8,
+                                           num_workers=0)
+        torch.manual_seed(0)
+        body = choose._Body("resnet18", None)
+        assert body.build(dls, download=False) and not body.error
+        body.see(dls, list(dls.valid_ds.items)[:8], 1, time.perf_counter() + 60)
+        seen[name] = body.x[1][0]
+    assert np.allclose(seen["network"], seen["loaders"], atol=1e-3)
+
+
+@pytest.mark.parametrize("given", [dict(minutes="2"), dict(minutes=True), dict(minutes=float("nan")), dict(minutes=-1),
+                                   dict(among="resnet18"), dict(among=[])], ids=str)
+def test_wrong_arguments_of_a_choice(stripes, given):
+    dls = image_data(stripes, size=16, bs=8, num_workers=0)
+    with pytest.raises(CompareError): choose.choose_body(dls, **given)

@@ -7,6 +7,7 @@ __all__ = ['BODIES', 'BodyTable', 'choose_body']
 
 # %% ../../nbs/98c_experiment.choose.ipynb #986677f6
 import time
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 import torch
 from fastai.torch_core import to_np
 
-from ..data.loader import broken_mask
+from ..data.loader import broken_mask, normalization
 from ..errors import ArchError, CompareError, WeightsError
 from ..evaluate.intervals import wilson
 from .paired import holm, paired_test
@@ -22,6 +23,7 @@ from ..models.arch import find_arch
 from ..models.backbone import backbone, is_on_this_machine
 from ..models.fold_bn import fuse_batch_norms
 from ..models.precision import prepare_for_inference
+from ..persist.transaction import preserve_rng
 from ..system.interrupt import check_stop
 
 # %% ../../nbs/98c_experiment.choose.ipynb #c6cf90fc
@@ -49,7 +51,9 @@ class _Body:
                 raise WeightsError('the weights are not on this machine; download=True fetches them, where there is a '
                                    'connection')
             size = dls.size if isinstance(getattr(dls, 'size', None), int) else None
-            self.net = backbone(self.name, self.weights, concat_pool=False, input_size=size).to(dls.device)
+            # loaders that normalise have done it already, as for `vision_learner`
+            self.net = backbone(self.name, self.weights, concat_pool=False, input_size=size,
+                                normalize=normalization(dls.train) is None).to(dls.device)
         except (ArchError, WeightsError) as e:
             self.error = ' '.join(str(e).split())
             return not _is_offline(e)
@@ -176,16 +180,21 @@ def choose_body(
 ) -> BodyTable:
     """Compare pretrained bodies by a linear probe on their features, within some minutes. Raises `CompareError` for
     data without classes or a validation set, or if no body could be measured."""
-    if not minutes > 0: raise CompareError(f'minutes={minutes!r}: give a number above 0.')
+    if isinstance(minutes, bool) or not isinstance(minutes, Real) or not minutes > 0:
+        raise CompareError(f'minutes={minutes!r}: give a number above 0.')
+    if isinstance(among, str): raise CompareError(f'among={among!r}: give a list of names, [{among!r}].')
     names = BODIES if among is None else among
     bodies = [_Body(n, w) for n, w in (names if isinstance(names, dict) else dict.fromkeys(names, 'imagenet')).items()]
     if not bodies: raise CompareError('among= is empty: name at least one classifier.')
-    items = _mixed(dls, seed)
-    for b in bodies: download = b.build(dls, download) and download  # without a connection, each would wait for it
-    here = [b for b in bodies if not b.error]
-    end = time.perf_counter() + 60 * minutes
-    last = _halved(dls, here, items, end)
-    return _table(dls, bodies, last, end)
+    if not isinstance(getattr(dls, 'loaders', None), list):
+        raise CompareError('choose_body needs images with one class each, and a validation set.')
+    with preserve_rng(*dls.loaders):
+        items = _mixed(dls, seed)
+        for b in bodies: download = b.build(dls, download) and download  # without a connection, each would wait for it
+        here = [b for b in bodies if not b.error]
+        end = time.perf_counter() + 60 * minutes
+        last = _halved(dls, here, items, end)
+        return _table(dls, bodies, last, end)
 
 # %% ../../nbs/98c_experiment.choose.ipynb #7c11cdf6
 def _mixed(dls, seed):
