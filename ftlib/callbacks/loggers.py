@@ -9,7 +9,9 @@ __all__ = ['EpochLogger', 'MLflowLogger', 'WandbLogger']
 import math
 import warnings
 from importlib import import_module
+from itertools import count
 from numbers import Real
+from posixpath import normpath
 
 from fastai.callback.core import Callback
 
@@ -31,7 +33,6 @@ class EpochLogger(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
-        if self.mine: self._send(self.end, False)  # the fit before this one ended by an error
         self.mine, self.failed = not self.is_active(), False
         if self.mine: self._send(self.begin)
         phase = len({row['phase'] for row in self.learn.epoch_log.rows}) + 1
@@ -55,6 +56,11 @@ class EpochLogger(Callback):
         if self.mine: self._send(self.end, True)
         self.mine = False
 
+    def fit_failed(self):
+        "A run that stayed open would get the rows of the next learner"
+        if self.mine: self._send(self.end, False)
+        self.mine = False
+
     def _send(self, how, *args):
         "A server that cannot be reached is named once"
         try: how(*args)
@@ -66,6 +72,17 @@ class EpochLogger(Callback):
 # %% ../../nbs/56_callbacks.loggers.ipynb #d1f1b835
 def _is_number(value): return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
+# %% ../../nbs/56_callbacks.loggers.ipynb #84c379c5
+def _accepted_names(values):
+    "Values by names that MLflow takes: letters, digits and some signs, at most 250; different names stay different"
+    named = {}
+    for name, value in values.items():
+        plain = ''.join(c if c.isalnum() or c in '_-. :/' else '_' for c in str(name))
+        plain = normpath(plain)[:240].strip('/. ') or '_'  # no name that leads to another when it is taken for a path
+        n = next(n for n in count(1) if (plain if n == 1 else f'{plain}_{n}') not in named)
+        named[plain if n == 1 else f'{plain}_{n}'] = value
+    return named
+
 # %% ../../nbs/56_callbacks.loggers.ipynb #1dd9f405
 class MLflowLogger(EpochLogger):
     """Log settings and history to MLflow: to the active run, or else to a run for each fit. Raises `TrainError` without
@@ -74,12 +91,8 @@ class MLflowLogger(EpochLogger):
     def is_active(self): return self.service.active_run() is not None
     def begin(self): self.service.start_run(run_name=self.run_name)
     def end(self, finished): self.service.end_run('FINISHED' if finished else 'FAILED')
-    def settings(self, params): self.service.log_params(params)
-
-    def row(self, values, epoch):
-        # MLflow takes letters, digits and some signs in a name
-        named = {''.join(c if c.isalnum() or c in '_-. :/' else '_' for c in k): v for k, v in values.items()}
-        self.service.log_metrics(named, step=epoch)
+    def settings(self, params): self.service.log_params(_accepted_names(params))
+    def row(self, values, epoch): self.service.log_metrics(_accepted_names(values), step=epoch)
 
 # %% ../../nbs/56_callbacks.loggers.ipynb #249aeb82
 class WandbLogger(EpochLogger):
