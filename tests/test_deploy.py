@@ -3,8 +3,10 @@
 import json
 import pickle
 import random
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import shipping
 import torch
@@ -14,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from ftlib.data.images import image_data
 from ftlib.deploy.bundle import load_bundle
 from ftlib.deploy.onnx import write_onnx
-from ftlib.deploy.predict import predict_images, as_predictor
+from ftlib.deploy.predict import predict_images, as_predictor, sort_into_folders
+from ftlib.deploy.update import add_classes
 from ftlib.errors import DeployError, RunError
 from ftlib.experiment.pipeline import weights_about
 from ftlib.models.cnn import cnn
@@ -216,3 +219,86 @@ def test_architectures_as_onnx(photographs, tmp_path, arch):
     images = sorted(photographs.glob("*/*"))[::3]
     table = write_onnx(as_predictor(shipping.untrained(photographs, arch)), tmp_path / "net.onnx", images)
     assert len(table) == len(images) and table.difference.max() < 1e-4, table
+
+
+# ---- names, labels and settings
+
+def test_each_class_has_a_folder_of_its_own(tmp_path):
+    "Names that the file system cannot have, and the name of the folder of unsure images"
+    classes = ["unsure", "a/b", "a_b", "a\\b", "..", ".", "", " ", "_", "a\nb", "é" * 200, "é" * 201, "~", "-rf", "a"]
+    (tmp_path / "x.png").write_bytes(b"x")
+    table = pd.DataFrame(dict(path=[str(tmp_path / "x.png")] * 16, unsure=[False] * 15 + [True], error=[None] * 16))
+    table["class"] = pd.Series([*classes, "a"], dtype=object)
+    counts = sort_into_folders(table, tmp_path / "sorted")
+    assert len(counts) == 16 and set(counts) == {1} and counts["unsure"] == counts["a"] == counts["a_b"] == 1
+    assert sorted(p.name for p in (tmp_path / "sorted").iterdir()) == sorted(counts.index)
+    again = sort_into_folders(table[3:4], tmp_path / "sorted")  # one batch after another
+    assert again.index[0] in counts.index and sorted(p.name for p in tmp_path.iterdir()) == ["sorted", "x.png"]
+
+
+@pytest.mark.parametrize("given", [dict(threshold=float("nan")), dict(threshold="high"), dict(threshold=True),
+                                   dict(threads=-1), dict(threads=0), dict(threads=1.5)], ids=str)
+def test_settings_of_a_prediction(learn, photographs, given):
+    with pytest.raises(DeployError, match=next(iter(given))):
+        predict_images(learn, photographs, progress=False, **given)
+
+
+@pytest.mark.parametrize("given", [dict(tolerance=float("nan")), dict(tolerance=-1), dict(tolerance="small"),
+                                   dict(max_drop=float("nan")), dict(calibrate=0), dict(calibrate=2.5)], ids=str)
+def test_settings_of_an_export(learn, tmp_path, given):
+    "A comparison with NaN is never true: nothing would be checked"
+    pytest.importorskip("onnxscript")
+    with pytest.raises(DeployError, match=next(iter(given))):
+        write_onnx(learn, tmp_path / "net.onnx", int8=True, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_those_of_the_images_that_are_compared(photographs, tmp_path):
+    "Images in memory of which one is broken, other images, and paths written in another way"
+    pytest.importorskip("onnxscript")
+    files = sorted(photographs.glob("*/*"))
+    data = [f.read_bytes() for f in files]
+    data[1] = data[1][:200]
+    source = pd.DataFrame(dict(path=data, label=[f.parent.name for f in files],
+                               split=[("train", "valid")[i % 2] for i in range(len(files))]))
+    dls = image_data(source, size=16, bs=4, num_workers=0, seed=0)
+    learn = vision_learner(dls, cnn(dls, (4, 8), linear=(8,)), metrics=accuracy, seed=0)
+    table = write_onnx(learn, tmp_path / "a.onnx", int8=True, max_drop=1, calibrate=4)
+    held = [f.parent.name for i, f in enumerate(files) if i % 2]
+    assert 0 < len(table) <= len(held) and table["label"].to_dict() == {i: held[i] for i in table.index}
+    with pytest.raises(DeployError, match="whose classes are known"):
+        write_onnx(learn, tmp_path / "b.onnx", data[2:6], int8=True, max_drop=1)
+    with pytest.raises(DeployError, match="can be decoded"): write_onnx(learn, tmp_path / "c.onnx", [b"no image"] * 2)
+    dls = image_data(photographs, size=16, bs=4, valid=.4, num_workers=0, seed=0)
+    learn = vision_learner(dls, cnn(dls, (4, 8), linear=(8,)), metrics=accuracy, seed=0)
+    some = [f"{photographs}/red/../{i.source.parent.name}/{i.source.name}" for i in dls.valid_ds.items[:3]]
+    table = write_onnx(learn, tmp_path / "d.onnx", [*some, data[0]], int8=True, max_drop=1)
+    assert table["label"].dropna().tolist() == [str(i.label) for i in dls.valid_ds.items[:3]]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".onnx" and p.name in ("b.onnx", "c.onnx")] == []
+
+
+def test_more_classes_are_judged_on_images_that_did_not_train(photographs, tmp_path):
+    "Another split of the old images: those that were trained on before count nowhere"
+    for i in range(10): (tmp_path / "data" / "green").mkdir(parents=True, exist_ok=True)
+    for label in ("red", "blue"): (tmp_path / "data" / label).symlink_to(photographs / label)
+    for i in range(10): Image.new("RGB", (30, 30), (0, 20 * i, 0)).save(tmp_path / "data" / "green" / f"{i}.png")
+    old = image_data(photographs, size=16, bs=4, valid=.4, num_workers=0, seed=0)
+    learn = vision_learner(old, cnn(old, (4,), linear=(8,)), metrics=accuracy, seed=0)
+    new = image_data(tmp_path / "data", size=16, bs=4, valid=.4, num_workers=0, seed=3)
+    trained = {i.source.resolve() for i in old.train_ds.items}
+    fresh = [i for i in new.valid_ds.items if i.source.resolve() not in trained]
+    assert len(fresh) < len(new.valid_ds)
+    with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="were training images"):
+        table = add_classes(learn, new, 1, 1e-3).added_classes.set_index("classes")
+    assert table["images"].get("old classes, after", 0) == sum(i.label != "green" for i in fresh)
+    assert table["images"]["new classes, after"] == 4
+    same = pd.DataFrame(dict(path=[str(i.source) for d in (old, new) for i in [*d.train_ds.items, *d.valid_ds.items]
+                                   if d is old or i.label == "green"],
+                             label=[i.label for d in (old, new) for i in [*d.train_ds.items, *d.valid_ds.items]
+                                    if d is old or i.label == "green"],
+                             split=[s for d in (old, new) for s, part in (("train", d.train_ds), ("valid", d.valid_ds))
+                                    for i in part.items if d is old or i.label == "green"]))
+    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
+        warnings.simplefilter("error", UserWarning)
+        table = add_classes(learn, image_data(same, size=16, bs=4, num_workers=0), 1, 1e-3).added_classes
+    assert table["images"].tolist() == [8, 8, 4]

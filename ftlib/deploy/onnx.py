@@ -20,7 +20,7 @@ from torch import nn
 from ..data.decode import open_image
 from ..errors import DeployError
 from ..evaluate.intervals import wilson
-from .predict import Predictor, as_predictor
+from .predict import Predictor, as_predictor, _check_number, find_images
 
 # %% ../../nbs/92_deploy.onnx.ipynb #97b8aa1a
 _ONE = 1 << 22  # Pillow's weights are multiples of 1 / _ONE
@@ -106,8 +106,11 @@ def write_onnx(
 ) -> pd.DataFrame:             # One row an image: path, class, in ONNX, difference of probabilities; label with int8
     """Write an ONNX file: bytes N × 3 × h × w of any size in, probabilities out, with classes and threshold as
     metadata. Raises `DeployError`, and leaves no file, where it gives other classes than the learner."""
+    for name, value, least in (('tolerance', tolerance, 0), ('calibrate', calibrate, 1), ('max_drop', max_drop, -1)):
+        _check_number(name, value, least)
+    if calibrate != int(calibrate): raise DeployError(f'calibrate={calibrate!r}: give a whole number.')
     runtime, shipped, path = _runtime(), as_predictor(learn), Path(path)
-    if images is None: images = comparison_images(learn)
+    images, labels = _compared_on(learn, images, int8)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.onnx')
     os.close(handle)
@@ -115,7 +118,7 @@ def write_onnx(
         draw_onnx(shipped, draft, opset)
         table = compare_onnx(shipped, draft, images, runtime)
         check_classes(table, 'class in ONNX', tolerance)
-        if int8: table, said = _quantised(learn, shipped, draft, images, calibrate, max_drop, runtime)
+        if int8: table, said = _quantised(learn, shipped, draft, images, labels, calibrate, max_drop, runtime)
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     finally:
@@ -144,6 +147,24 @@ def check_classes(
     if len(changed):
         raise DeployError(f'the exported network gives another class for {len(changed)} of {len(table)} images: '
                           f'{", ".join(changed["path"][:5])}{" …" * (len(changed) > 5)}. No file was written.')
+
+# %% ../../nbs/92_deploy.onnx.ipynb #ca015197
+def _compared_on(learn, images, int8):
+    "The images to compare on, and the label of each, where the validation set has it. Raises `DeployError`."
+    if int8 and isinstance(learn, Predictor):
+        raise DeployError('int8=True needs a learner, whose training images it takes the ranges from: '
+                          'load_bundle(…).learner(dls).export_onnx(…, int8=True).')
+    if not int8: return comparison_images(learn) if images is None else find_images(images), []
+    held = list(learn.dls.valid_ds.tls[0].items)
+    if images is None: found, labels = comparison_images(learn), [str(item.label) for item in held]
+    else:
+        known = {os.path.realpath(i.source): str(i.label) for i in held if isinstance(i.source, (str, Path))}
+        found = find_images(images)
+        labels = [known.get(os.path.realpath(i)) if isinstance(i, (str, Path)) else None for i in found]
+    if not any(label is not None for label in labels):
+        raise DeployError('int8=True needs images whose classes are known: leave images= out, and the validation '
+                          'images are taken.')
+    return found, labels
 
 # %% ../../nbs/92_deploy.onnx.ipynb #fe5c8e26
 def draw_onnx(
@@ -198,8 +219,8 @@ def compare_onnx(
     path,          # An ONNX file by `write_onnx`
     images,        # Paths, arrays, PIL images
     runtime=None,  # onnxruntime
-) -> pd.DataFrame: # One row an image that can be decoded: path, class, class in ONNX, difference (largest of a
-    # probability)
+) -> pd.DataFrame: # One row an image that can be decoded, by its place in `images`: path, class, class in ONNX,
+    # difference (largest of a probability)
     """What a file answers, beside the network that it was made from. The file gets each image as it is, the network as
     it is prepared for validation."""
     session = (runtime or _runtime()).InferenceSession(str(path), providers=['CPUExecutionProvider'])
@@ -213,16 +234,19 @@ def compare_runtime(
     column:str,    # Name of the column with the classes of that runtime
 ) -> pd.DataFrame: # As `compare_onnx`
     "What another runtime answers, beside the network that its file was made from."
-    shipped, rows = as_predictor(model), []
+    shipped, images, rows = as_predictor(model), find_images(images), {}
     found = shipped.predict_images(images, top=len(shipped.classes), progress=False)
-    for image, row in zip(images, found.to_dict('records')):
+    for i, (image, row) in enumerate(zip(images, found.to_dict('records'))):
         if row['error'] is not None: continue
         ours = {row[f'class{end}']: row[f'probability{end}']
                 for end in [f'_{k}' * (k > 1) for k in range(1, len(shipped.classes) + 1)]}
         theirs = run(as_input(image))[0]
-        rows.append({'path': row['path'], 'class': row['class'], column: shipped.classes[int(theirs.argmax())],
-                     'difference': max(abs(float(p) - ours[c]) for c, p in zip(shipped.classes, theirs))})
-    return pd.DataFrame(rows)
+        rows[i] = {'path': row['path'], 'class': row['class'], column: shipped.classes[int(theirs.argmax())],
+                   'difference': max(abs(float(p) - ours[c]) for c, p in zip(shipped.classes, theirs))}
+    if not rows:
+        raise DeployError(f'none of the {len(images)} images to compare on can be decoded; the first: '
+                          f'{found["error"].iloc[0]}')
+    return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/92_deploy.onnx.ipynb #c4c136c4
 def quantise_onnx(
@@ -265,22 +289,13 @@ def calibration_images(
     return [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), n)).astype(int)]
 
 # %% ../../nbs/92_deploy.onnx.ipynb #17f108a8
-def _quantised(learn, shipped, draft, images, n, max_drop, runtime):
+def _quantised(learn, shipped, draft, images, labels, n, max_drop, runtime):
     "Replaces the file by its quantised version; gives the comparison, and a sentence about what it costs"
-    if isinstance(learn, Predictor):
-        raise DeployError('int8=True needs a learner, whose training images it takes the ranges from: '
-                          'load_bundle(…).learner(dls).export_onnx(…, int8=True).')
-    labels = {str(item.source): str(item.label) for item in learn.dls.valid_ds.tls[0].items}
     large = os.path.getsize(draft)
     quantise_onnx(draft, f'{draft}.int8', calibration_images(learn, n))
     table = compare_onnx(shipped, f'{draft}.int8', images, runtime)
-    label = [labels.get(str(p)) for p in table['path']] if all(isinstance(i, (str, Path))
-        for i in images) else [str(item.label) for item in learn.dls.valid_ds.tls[0].items][:len(table)]
-    table['label'] = label
+    table['label'] = pd.Series(labels, dtype=object).reindex(table.index)
     known = table[table['label'].notna()]
-    if not len(known):
-        raise DeployError('int8=True needs images whose classes are known: leave images= out, and the validation '
-                          'images are taken.')
     right = [int((known[c] == known['label']).sum()) for c in ('class', 'class in ONNX')]
     drop = (right[0] - right[1]) / len(known)
     both = ' → '.join(f'{k / len(known):.4f} [{low:.4f}, {high:.4f}]' for k in right for low,

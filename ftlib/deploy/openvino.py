@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from .onnx import check_classes, compare_runtime, comparison_images, draw_onnx, metadata_of
-from .predict import as_predictor
+from .predict import as_predictor, _check_number
 from ..errors import DeployError
 
 # %% ../../nbs/92a_deploy.openvino.ipynb #98911064
@@ -28,6 +28,7 @@ def write_openvino(
     `rt_info` of the name 'ftlib'. Raises `DeployError`, and leaves no file, where they give other classes than the
     learner."""
     _openvino()
+    _check_number('tolerance', tolerance, 0)
     path, shipped = Path(path), as_predictor(learn)
     if path.suffix != '.xml': raise DeployError(f'{path}: the name of a file of OpenVINO ends in .xml.')
     if images is None: images = comparison_images(learn)

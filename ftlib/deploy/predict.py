@@ -6,12 +6,14 @@
 __all__ = ['Preparation', 'find_images', 'Predictor', 'as_predictor', 'predict_images', 'sort_into_folders']
 
 # %% ../../nbs/90_deploy.predict.ipynb #1377355d
+import math
 import os
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
-from ..data.cache import resize_short_side
+from ..data.cache import digest, resize_short_side
 from ..data.images import CenterCrop
 from ..data.loader import LoadImage
 from ..errors import ImageError
@@ -187,7 +189,11 @@ class Predictor:
         if not isinstance(top, int) or not 1 <= top <= len(self.classes):
             raise DeployError(f'top={top!r}: give a number of classes from 1 to {len(self.classes)}.')
         if not isinstance(bs, int) or bs < 1: raise DeployError(f'bs={bs!r}: give a number of images, 1 or more.')
-        images, threads = find_images(source), threads or min(8, os.cpu_count() or 1)
+        threads = min(8, os.cpu_count() or 1) if threads is None else threads
+        if not isinstance(threads, int) or threads < 1:
+            raise DeployError(f'threads={threads!r}: give a number of threads, 1 or more.')
+        if threshold is not None: _check_number('threshold', threshold)
+        images = find_images(source)
         batches = _batches(_prepared(self.prepare, images, threads, 2 * bs + threads), bs)
         bar = progress_bar(range(len(images)), leave=False) if progress else None
         return self._tables(batches, bar, top, self.threshold if threshold is None else threshold, embeddings)
@@ -223,6 +229,16 @@ class Predictor:
 
 # %% ../../nbs/90_deploy.predict.ipynb #9138bf81
 def _column_type(column): return float if column.startswith('prob') else bool if column == 'unsure' else object
+
+# %% ../../nbs/90_deploy.predict.ipynb #e8dd9d81
+def _check_number(
+    name:str,         # Of an argument
+    value,
+    least=-math.inf,
+):
+    "Raises `DeployError` unless it is a number of at least `least`; every comparison with NaN is false"
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= least:
+        raise DeployError(f'{name}={value!r}: give a number{f" of at least {least:g}" * (least > -math.inf)}.')
 
 # %% ../../nbs/90_deploy.predict.ipynb #22cf199f
 def as_predictor(
@@ -279,6 +295,8 @@ def sort_into_folders(
 
 # %% ../../nbs/90_deploy.predict.ipynb #235dd078
 def _folder_name(cls):
-    "A class as the name of a folder, which leads nowhere else"
+    "A class as the name of a folder, which leads nowhere else; two classes have two folders"
     name = ''.join('_' if c in '/\\:\0' or ord(c) < 32 else c for c in cls).strip(' .')
-    return name or '_'
+    while len(name.encode(errors='surrogateescape')) > 200: name = name[:-1]
+    # 'a/b' and 'a_b' are two classes, and 'unsure' may be one
+    return name if name and name == cls != 'unsure' else f'{name or "_"}-{digest(cls)[:6]}'

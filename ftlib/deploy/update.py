@@ -7,6 +7,9 @@ __all__ = ['add_classes']
 
 # %% ../../nbs/92c_deploy.update.ipynb #c905b9ed
 import copy
+import os
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,7 +30,8 @@ def add_classes(
     **kwargs,               # More arguments of `vision_learner`: cbs, seed, views
 ) -> Learner:               # Frozen up to the head; `added_classes` is the table
     """A learner for more classes: the body of this one, old outputs from their weights, new outputs trained with them.
-    Raises `DeployError`."""
+    Validation images that this learner was trained on are left out of the table, with a warning. Raises
+    `DeployError`."""
     old, new = ([str(c) for c in d.vocab] for d in (learn.dls, dls))
     if missing := [c for c in old if c not in new]:
         raise DeployError(f'the data have no images of {", ".join(map(repr, missing[:5]))}: give images of the old '
@@ -47,7 +51,7 @@ def add_classes(
 # %% ../../nbs/92c_deploy.update.ipynb #6dfb2d3b
 def _table(before, after, old):
     "Accuracy on the validation images of old classes, before and after, and of new ones; with intervals"
-    items = after.dls.valid_ds.tls[0].items
+    items = _not_trained_on(before.dls, after.dls)
     labels, sources = np.array([str(item.label) for item in items], object), [item.source for item in items]
     known, rows = np.isin(labels, old), []
     for name, learn, which in (('old classes, before', before, known), ('old classes, after', after, known),
@@ -58,4 +62,16 @@ def _table(before, after, old):
         low, high = wilson(right, n)
         rows.append(dict(classes=name, images=n, accuracy=right / n if n else float('nan'), low=float(low),
                          high=float(high)))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=['classes', 'images', 'accuracy', 'low', 'high'])
+
+# %% ../../nbs/92c_deploy.update.ipynb #f6388ea6
+def _not_trained_on(old, new):
+    "Validation images of the new data that are not training images of the old"
+    known = {os.path.realpath(i.source) for i in old.train_ds.tls[0].items if isinstance(i.source, (str, Path))}
+    items = list(new.valid_ds.tls[0].items)
+    kept = [i for i in items if not (isinstance(i.source, (str, Path)) and os.path.realpath(i.source) in known)]
+    if left := len(items) - len(kept):
+        warnings.warn(f'{left} of {len(items)} validation images were training images of the learner before, so '
+                      f'figures that count them are too good; `added_classes` leaves them out. Keep the split of the '
+                      f'old images: give a table with a column split.', stacklevel=4)
+    return kept
