@@ -1,14 +1,19 @@
 """Each command as the shell runs it, on a small folder of made images: what it prints, writes and exits with."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 
 import pandas as pd
 import pytest
+from fastai.metrics import accuracy
 
 from ftlib.cli.parser import main
+from ftlib.data.images import image_data
+from ftlib.models.cnn import cnn
+from ftlib.train.vision import vision_learner
 
 REPORT = {"report.html", *(f"{n}.csv" for n in ("figures", "per_class", "confusion", "errors", "calibration"))}
 SMALL = "--arch cnn --size 32 --bs 8".split()
@@ -238,3 +243,59 @@ def test_help_teaches_at_once(shell):
         shown = check(shell(command, "--help"), 0).stdout
         assert f"examples:\n  ftlib {command}" in shown and "default:" in shown
     assert "ftlib 0." in check(shell("--version"), 0).stdout
+
+
+# ---- what is evaluated, and where results go
+
+def test_only_the_network_of_a_training_is_judged_on_its_split(shell, stripes):
+    "A bundle of another training in the same folder may have been trained on what is for validation here"
+    check(shell("train", stripes, *SMALL, "--epochs", 1, "--lr", "5e-3", "--seed", 7, "--out", "out"), 0)
+    dls = image_data(stripes, size=16, bs=8, num_workers=0, seed=8)
+    learn = vision_learner(dls, cnn(dls, (4,)), metrics=accuracy, seed=0)
+    learn.bundle(shell.folder / "out" / "other.ftl")
+    fit = lambda learn: learn.fit(1, 1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.refit(train=fit).bundle(shell.folder / "out" / "refitted.ftl")
+    for name in ("other", "refitted"):
+        line = complaint(check(shell("evaluate", stripes, "--model", f"out/{name}.ftl"), 2))
+        assert "is not the network of the training" in line
+    check(shell("evaluate", stripes, "--model", "out/model.ftl"), 0)
+    # links have other names than their targets
+    (shell.folder / "links").mkdir()
+    for label in ("lying", "standing"):
+        (shell.folder / "links" / label).mkdir()
+        for i, file in enumerate(sorted((stripes / label).iterdir())):
+            (shell.folder / "links" / label / f"link {i}.png").symlink_to(file)
+    check(shell("train", "links", *SMALL, "--epochs", 1, "--lr", "5e-3", "--out", "linked"), 0)
+    check(shell("evaluate", "links", "--model", "linked/model.ftl"), 0)
+
+
+def test_a_refitted_network_is_not_judged_on_a_given_validation_set(shell, stripes):
+    for split, part in (("train", slice(0, 9)), ("valid", slice(9, 14)), ("test", slice(14, 18))):
+        for label in ("lying", "standing"):
+            to = shell.folder / "data" / split / label
+            to.mkdir(parents=True)
+            for file in sorted((stripes / label).iterdir())[part]: shutil.copy(file, to)
+    dls = image_data(shell.folder / "data", size=16, bs=4, num_workers=0)
+    learn = vision_learner(dls, cnn(dls, (4,)), metrics=accuracy, seed=0)
+    learn.bundle("plain.ftl")
+    with learn.no_bar(), learn.no_logging(): learn.refit(train=lambda learn: learn.fit(1, 1e-3)).bundle("refitted.ftl")
+    assert "trained on the validation images too" in complaint(check(shell("evaluate", "data", "--model",
+                                                                           "refitted.ftl"), 2))
+    check(shell("evaluate", "data", "--model", "refitted.ftl", "--on", "test"), 0)
+    check(shell("evaluate", "data", "--model", "plain.ftl"), 0)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "lr-find", "compare", "cv", "tune"])
+def test_results_do_not_go_among_the_images(shell, stripes, monkeypatch, command):
+    "Plots in the folder of the images would be the images of a class in the next training"
+    data = shell.folder / "data"
+    shutil.copytree(stripes, data)
+    (shell.folder / "link").symlink_to(data)
+    before = sorted(data.rglob("*"))
+    above = shell.folder
+    for here, folder, out in ((data, ".", None), (above, "data", "data/lying/runs"), (above, "data", "data"),
+                              (above, "link", data / "out"), (above, data, "link/out")):
+        monkeypatch.chdir(here)
+        done = check(shell(command, folder, *(() if out is None else ("--out", out))), 2)
+        assert "is in the folder of the images" in complaint(done)
+    assert sorted(data.rglob("*")) == before

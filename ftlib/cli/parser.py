@@ -16,6 +16,7 @@ from pathlib import Path
 import ftlib
 from .. import __version__
 from . import deploy, evaluate, lists, search, train
+from ..errors import RunError
 
 # %% ../../nbs/99g_cli.parser.ipynb #4d481421
 # A function for each command, which adds it to the parser; the order is that of `ftlib --help`
@@ -64,10 +65,20 @@ def _warn(message, category, filename, *where):
     if category is UserWarning and Path(filename).is_relative_to(Path(ftlib.__file__).parent):
         print(f"ftlib: warning: {_one_line(message)}", file=sys.stderr)
 
+# %% ../../nbs/99g_cli.parser.ipynb #d62babab
+def _execute(args):
+    """The exit code of a command. Raises `RunError` if it would write into the folder of the images, where its plots
+    would be taken for those of a class"""
+    folder, out = getattr(args, "folder", None), getattr(args, "out", None)
+    if folder is not None and out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"--out {out} is in the folder of the images, where its plots would be taken for images: name "
+                       f"another.")
+    return args.run(args) or 0
+
 # %% ../../nbs/99g_cli.parser.ipynb #6bcb4bde
 def _run(args):
     "The exit code of a command"
-    try: return args.run(args) or 0
+    try: return _execute(args)
     except KeyboardInterrupt:
         print("ftlib: stopped", file=sys.stderr)
         return 130
@@ -88,7 +99,7 @@ def main(
         # a console that has no character for a name shows a question mark
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     args = build_parser().parse_args(argv)
-    if args.debug: return args.run(args) or 0
+    if args.debug: return _execute(args)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         return _run(args)

@@ -59,9 +59,17 @@ def _rows(table):
 def _data(learn, report):
     "How many images trained and were evaluated, and a fingerprint of the names and labels of the former"
     items = learn.dls.train_ds.tls[0].items
-    names = sorted(f'{Path(str(i.source)).name}\t{i.label}' for i in items)
     return dict(train=len(items), valid=len(report.targets),
-                fingerprint=sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest())
+                fingerprint=_fingerprint_of([i.source for i in items], [i.label for i in items]))
+
+# %% ../../nbs/91_deploy.bundle.ipynb #9fa50d6c
+def _fingerprint_of(
+    paths,     # Of images, or the images themselves
+    labels,
+) -> str:
+    "SHA-256 of the names and labels of images, in any order."
+    names = sorted(f'{Path(str(path)).name}\t{label}' for path, label in zip(paths, labels))
+    return sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest()
 
 # %% ../../nbs/91_deploy.bundle.ipynb #d7eb91d5
 def save_bundle(

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..data.sources import read_source
 from ..system.tables import as_objects, write_csv
-from ..deploy.bundle import load_bundle, save_bundle
+from ..deploy.bundle import _fingerprint_of, load_bundle, save_bundle
 from ..deploy.bundle_file import bundle_about
 from ..evaluate.report import Report
 from ..train.fine_tune import fine_tune
@@ -100,13 +100,16 @@ def as_trained(
 ):            # For `image_data`: the images with the split of the training
     "The images of `folder` with their split in the training. Raises `RunError` if the split is not known."
     source, listed = read_source(folder), Path(weights).with_name("split.csv")
-    if (source.table["split"] == "valid").any(): return folder
+    if (source.table["split"] == "valid").any():
+        _check_not_trained_on(weights, source.table)
+        return folder
     if not listed.exists():
         raise RunError(f"{listed} is missing, so the training images in {folder} are not known. Use --on all to "
                        f"evaluate other images.")
     _check_classes(weights, weights_about(weights)["classes"], source.classes)
     split = pd.read_csv(listed, dtype=str).set_index("path")["split"]
     paths = [str(Path(item).resolve()) for item in source.table["item"]]
+    _check_written_by(weights, listed, source, [split.get(p) == "train" for p in paths])
     table = pd.DataFrame(dict(path=as_objects(paths), label=source.table["label"].tolist(),
                               split=[split.get(p) for p in paths])).dropna(subset="split")
     if not (table["split"] == "valid").any():
@@ -116,6 +119,28 @@ def as_trained(
         print(f"{new:,} images in {folder} were not in the data of that training and are left out; --on all evaluates "
               f"all images.")
     return table
+
+# %% ../../nbs/98b_experiment.pipeline.ipynb #6b01a164
+def _check_written_by(weights, listed, source, trains):
+    """Raises `RunError` for a bundle of another training than the one whose split is listed, as by `learn.bundle` or
+    `refit` into the same folder: it may have been trained on images that are for validation there"""
+    if not weights_about(weights)["bundle"]: return
+    split = pd.read_csv(listed, dtype=str, keep_default_na=False)
+    split = split[split["split"] == "train"]
+    known = bundle_about(weights)["data"].get("fingerprint")
+    here = source.table[trains]  # a link has its own name here, and that of its target in the list
+    if known not in (_fingerprint_of(split["path"], split["label"]), _fingerprint_of(here["item"], here["label"])):
+        raise RunError(f"{weights} is not the network of the training whose split is in {listed}, so its training "
+                       f"images are not known. Use --on all to evaluate other images.")
+
+# %% ../../nbs/98b_experiment.pipeline.ipynb #3f68ecf8
+def _check_not_trained_on(weights, table):
+    "Raises `RunError` for a bundle by `refit`, which was trained on the validation images too"
+    if not weights_about(weights)["bundle"]: return
+    whole = table[table["split"].isin(["train", "valid"])]
+    if bundle_about(weights)["data"].get("fingerprint") == _fingerprint_of(whole["item"], whole["label"]):
+        raise RunError(f"{weights} was trained on the validation images too, as by refit. Use --on test, or --on all "
+                       f"to evaluate other images.")
 
 # %% ../../nbs/98b_experiment.pipeline.ipynb #75a44993
 def save_weights(learn, path):
