@@ -1,7 +1,11 @@
 """Images from every kind of source, what can be wrong with them, and that batches depend on nothing but the seed."""
 
+import copy
 import json
+import os
+import pickle
 import random
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -12,13 +16,16 @@ import pytest
 import torch
 from fastai.data.transforms import Normalize
 from fastai.vision.augment import aug_transforms
-from fastai.vision.core import TensorImage
+from fastai.metrics import accuracy
+from fastai.vision.core import PILImage, TensorImage
 from PIL import Image
 
 from ftlib.data.audit import audit
 from ftlib.data.images import UniformErasing, ImageData, image_data
-from ftlib.data.loader import seeded
+from ftlib.data.loader import Sample, seeded
 from ftlib.errors import DataError
+from ftlib.models.cnn import cnn
+from ftlib.train.vision import vision_learner
 
 CLASSES = ["cat", "dog", "emu"]
 
@@ -380,3 +387,39 @@ def test_no_shared_memory_without_workers(folder, monkeypatch):
     def full(self): raise RuntimeError("unable to allocate shared memory")
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     for x, _ in image_data(folder, size=16, num_workers=0).valid: assert len(x)
+
+
+# ---- items as paths, as in fastai's notebooks
+
+@pytest.mark.parametrize("source", [Path, str])
+def test_items_are_used_as_paths(stripes, tmp_path, source):
+    "Those of fastai's loaders are paths: the cleaner's thumbnails, `unlink`, `shutil.move`, the folder as the class"
+    files = [tmp_path / label / f"{i}.png" for label in ("lying", "standing") for i in range(6)]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(stripes / file.parent.name / f"0{file.stem}.png", file)
+    dls = image_data(([source(f) for f in files], [f.parent.name for f in files]), size=16, bs=4, num_workers=0)
+    items = [*dls.train_ds.items, *dls.valid_ds.items]
+    assert sorted(Path(i) for i in items) == files and sorted(map(str, items)) == sorted(map(str, files))
+    item, other = items[:2]
+    assert (item.name, item.parent.name, item.exists()) == (Path(item.source).name, item.label, True)
+    assert Image.open(item).size == (32, 32) and PILImage.create(item.read_bytes()) and os.path.getsize(item) > 0
+    for again in (copy.deepcopy(item), pickle.loads(pickle.dumps(item)), copy.copy(item)): assert again == item
+    shutil.move(str(other), tmp_path / "moved.png")
+    item.unlink()
+    assert not Path(item.source).exists() and not Path(other.source).exists()
+    with pytest.raises(AttributeError): item.no_such_thing
+    with pytest.raises(AttributeError): Sample(np.zeros((8, 8), np.uint8)).name
+
+
+def test_the_cleaner_of_fastai_lists_deletes_and_moves(stripes, tmp_path, monkeypatch):
+    pytest.importorskip("ipywidgets")
+    import builtins
+    monkeypatch.setattr(builtins, "display", lambda *args, **kwargs: None, raising=False)
+    from fastai.vision.widgets import ImageClassifierCleaner
+    dls = image_data(shutil.copytree(stripes, tmp_path / "data"), size=16, bs=8, num_workers=0)
+    cleaner = ImageClassifierCleaner(vision_learner(dls, cnn(dls, (4,)), metrics=accuracy, seed=0))
+    cleaner.widget.children[0].children[1].value = "<Delete>"
+    (i,) = cleaner.delete()
+    cleaner.fns[i].unlink()
+    assert not Path(cleaner.fns[i]).exists() and cleaner.change() == []

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,15 @@ class Sample:
     "An image that is not loaded yet, and its label"
     source: Any              # What `open_image` takes
     label: str|None = None   # None for an image to predict
+
+    def __fspath__(self): return os.fspath(self.source)
+    def __str__(self): return str(self.source)
+
+    def __getattr__(self, name):
+        "Attributes of the path, as `name` or `unlink`: code for fastai takes the items of a dataset for paths"
+        source = None if name.startswith('_') or name in ('source', 'label') else self.source
+        if isinstance(source, (str, Path)): return getattr(Path(source), name)
+        raise AttributeError(f'a {type(self).__name__} has no {name!r}')
 
 # %% ../../nbs/15_data.loader.ipynb #55730fa8
 class LoadImage(Transform):
