@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ShowGraphCallback
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter, get_image_files, parent_label
+from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
@@ -409,3 +412,57 @@ def test_weights_that_save_wrote_are_weights_of_another_learner(tmp_path, fit):
 def test_an_exported_learner_as_weights_is_explained(tmp_path):
     (tmp_path / "whole.pkl").write_bytes(pickle.dumps(DataLoaders))
     with pytest.raises(WeightsError, match="load_learner"): backbone("resnet18", tmp_path / "whole.pkl")
+
+
+# ---- loaders of torch, weights of a loader, and plots while it trains
+
+def test_all_that_a_learner_does_with_loaders_of_torch():
+    "What needs the images by name says so"
+    x, y = torch.rand(24, 3, 16, 16), torch.arange(24) % 2
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8)
+    learn = Learner(DataLoaders(loader, loader), cnn(2, (4,), size=16, n_in=3), loss_func=nn.CrossEntropyLoss(),
+                    metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2)
+        learn.lr_find(num_it=10, show_plot=False)
+        outputs, targets = learn.get_preds()
+        loss, share = learn.validate()
+    with torch.no_grad(): wanted = learn.model.eval()(x)
+    assert torch.allclose(outputs, wanted, atol=1e-4) and torch.equal(targets, y)
+    right = int((wanted.argmax(1) == y).sum())
+    assert round(share * 24) == right == round(learn.evaluate().table.value["top1"] * 24)
+    for call in (learn.summary, learn.export):
+        with pytest.raises(TrainError, match="needs loaders of fastai"): call()
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["features", "images"])
+def test_images_are_drawn_by_the_weights_of_a_loader(tmp_path, frozen):
+    "fastai's weighted_dataloaders, where the head trains on features too"
+    for label, n in (("rare", 4), ("usual", 28)):
+        (tmp_path / label).mkdir()
+        for i in range(n): Image.new("RGB", (32, 32), (9 * i, 0, 40)).save(tmp_path / label / f"{i}.png")
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                      splitter=IndexSplitter([0, 31]), item_tfms=Resize(32))
+    weights = [12. if f.parent.name == "rare" else 1. for f in get_image_files(tmp_path)]
+    dls = block.weighted_dataloaders(tmp_path, weights, bs=10, num_workers=0, device=torch.device("cpu"))
+    seen = []
+
+    class Count(Callback):
+        uses_images = False
+        def before_batch(self):
+            if self.training: seen.extend(self.learn.yb[0].tolist())
+    learn = vision_learner(dls, "test_resnet", weights=None, seed=0)
+    if frozen: learn.freeze()
+    with learn.no_bar(), learn.no_logging(): learn.fit(16, 1e-4, cbs=Count())
+    labels = [str(dls.vocab[c]) for c in dls.train_ds.tls[1]]
+    wanted = 12 * labels.count("rare") / (12 * labels.count("rare") + labels.count("usual"))
+    assert abs(seen.count(0) / len(seen) - wanted) < 4 * (wanted * (1 - wanted) / len(seen)) ** .5
+
+
+def test_fastais_graph_of_the_losses_without_bars(tmp_path):
+    dls = data(tmp_path)
+    learn = Learner(dls, cnn(dls, (4,)), cbs=ShowGraphCallback())
+    with learn.no_bar(): learn.fit(1, 1e-3)
+    learn.remove_cb(learn.progress)
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert len(learn.history) == 2
