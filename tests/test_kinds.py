@@ -462,7 +462,10 @@ def test_images_are_drawn_by_the_weights_of_a_loader(tmp_path, frozen):
 def test_fastais_graph_of_the_losses_without_bars(tmp_path):
     dls = data(tmp_path)
     learn = Learner(dls, cnn(dls, (4,)), cbs=ShowGraphCallback())
-    with learn.no_bar(): learn.fit(1, 1e-3)
-    learn.remove_cb(learn.progress)
-    with learn.no_logging(): learn.fit(1, 1e-3)
+    with learn.no_bar(), learn.no_logging():
+        for _ in range(2): learn.fit(1, 1e-3)
     assert len(learn.history) == 2
+    plain = Learner(dls, cnn(dls, (4,)))
+    plain.remove_cb(plain.progress)
+    plain.fit(1, 1e-3)
+    assert len(plain.history) == 1
