@@ -16,7 +16,6 @@ import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Recorder
 from fastcore.foundation import L
-from fastcore.imports import noop
 
 from ..system.interrupt import TrainingStopped, stop_between_batches
 from ..data.loader import seed_all
@@ -235,14 +234,6 @@ class FitLearner(StepLearner):
         self._fit_plan = plan
         try: yield
         finally: self._fit_plan = 0, None, None
-
-    def _with_events(self, f, event_type, ex, final=noop):
-        "As in fastai; where a fit ends by an error, callbacks with a method `fit_failed` are told"
-        try: super()._with_events(f, event_type, ex, final)
-        except BaseException:
-            if event_type == 'fit':
-                for cb in self.cbs: getattr(cb, 'fit_failed', noop)()
-            raise
 
     def _do_fit(self):
         first, checkpointer, resume_state = self._fit_plan

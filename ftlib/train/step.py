@@ -15,6 +15,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs, to_concat, to_detach, to_float
 
+from fastcore.imports import noop
 from ..system.interrupt import check_stop
 from ..system.memory import is_out_of_memory
 from ..models.fold_bn import fuse_batch_norms
@@ -72,6 +73,14 @@ class StepLearner(FreezableLearner):
     _untried = False  # was the precision chosen for this batch?
     microbatch = slice(None)  # the current micro-batch, as a slice of the batch
     fold_bn, _fused_model = False, None  # fuse batch norms in this pass? And the fused copy of the network
+
+    def _with_events(self, f, event_type, ex, final=noop):
+        "As in fastai; where a fit ends by an error, callbacks with a method `fit_failed` are told"
+        try: super()._with_events(f, event_type, ex, final)
+        except BaseException:
+            if event_type == 'fit':
+                for cb in self.cbs: getattr(cb, 'fit_failed', noop)()
+            raise
 
     def __call__(self, event_name):
         for name in [event_name] if isinstance(event_name, str) else event_name: self._call_one(name)
