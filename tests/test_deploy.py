@@ -11,6 +11,7 @@ import pytest
 import shipping
 import torch
 from fastai.metrics import accuracy
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ftlib.data.images import image_data
