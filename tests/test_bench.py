@@ -39,6 +39,7 @@ def place(tmp_path_factory):
     ("stream", (*STREAM, "--rounds", "1", "--per-shard", "8", "--workers", "0"), {"set", "way", "workers", "images/s"}),
     ("batch_norm", (*TINY, "--lrs", "1e-4"), {"bn", "lr", "accuracy", "peak"}),
     ("peak", (*STREAM, "--rounds", "1", "--n", "1", "--matrix", "64"), {"way", "precision", "images/s", "share"}),
+    ("few_weights", (*TINY, "--lrs", "1e-3"), {"way", "lr", "accuracy", "head", "momenta", "file", "step"}),
 ])
 def test_a_bench_runs(root, place, name, args, columns):
     out = place / f"{name}.csv"

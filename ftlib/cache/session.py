@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 
 from .features import (
-    NOTHING_FROZEN, STORE, FeatureDL, cached_features, image_names, is_random, targets_of, why_not_cached)
+    NORMS_TRAIN, NOTHING_FROZEN, STORE, FeatureDL, cached_features, image_names, is_random, targets_of, why_not_cached)
 from ..errors import IdentityError, StoreError
 from ..system.console import shows_bars
 
@@ -79,7 +79,7 @@ def on_features(
             # the others would go on with features
             if getattr(learn, 'processes', None) is not None: raise
             why = f'there is no space for features in memory, and they cannot be stored on the disk ({e})'
-    if why and why != NOTHING_FROZEN:
+    if why and why not in (NOTHING_FROZEN, NORMS_TRAIN):  # `freeze` has said so
         print(f'Features are not cached, the frozen stages are computed in each epoch: {why}.')
     with held_session(learn, session): yield session
 

@@ -22,7 +22,7 @@ from fastai.torch_core import default_device
 import ftlib
 from .bundle_file import (
     FORMAT, bundle_digest, checked_network, learner_with_classes, read_bundle_header)
-from .predict import Predictor, Preparation, _prepared, as_predictor
+from .predict import Predictor, Preparation, _prepared, as_predictor, check_merged
 from ..errors import DeployError
 from ..evaluate.calibrate import Calibration, Temperature
 from ..train.learner import Learner
@@ -83,6 +83,7 @@ def save_bundle(
 ) -> Path:
     """Write the classifier as one file, after it was loaded again and gave the same answers. Raises `DeployError`, and
     leaves no file, where it cannot be shipped."""
+    check_merged(learn)
     from safetensors.torch import save_file
     path, shipped = Path(path), as_predictor(learn)
     if path.is_dir(): raise DeployError(f'{path} is a folder: name a file in it, such as {path / "model.ftl"}.')

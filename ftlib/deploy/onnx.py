@@ -20,7 +20,7 @@ from torch import nn
 from ..data.decode import open_image
 from ..errors import DeployError
 from ..evaluate.intervals import wilson
-from .predict import Predictor, as_predictor, _check_number, find_images
+from .predict import Predictor, as_predictor, _check_number, find_images, check_merged
 
 # %% ../../nbs/92_deploy.onnx.ipynb #97b8aa1a
 _ONE = 1 << 22  # Pillow's weights are multiples of 1 / _ONE
@@ -106,6 +106,7 @@ def write_onnx(
 ) -> pd.DataFrame:             # One row an image: path, class, in ONNX, difference of probabilities; label with int8
     """Write an ONNX file: bytes N × 3 × h × w of any size in, probabilities out, with classes and threshold as
     metadata. Raises `DeployError`, and leaves no file, where it gives other classes than the learner."""
+    check_merged(learn)
     for name, value, least in (('tolerance', tolerance, 0), ('calibrate', calibrate, 1), ('max_drop', max_drop, -1)):
         _check_number(name, value, least)
     if calibrate != int(calibrate): raise DeployError(f'calibrate={calibrate!r}: give a whole number.')

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from .onnx import check_classes, compare_runtime, comparison_images, draw_onnx, metadata_of
-from .predict import as_predictor, _check_number
+from .predict import as_predictor, _check_number, check_merged
 from ..errors import DeployError
 
 # %% ../../nbs/92a_deploy.openvino.ipynb #98911064
@@ -27,6 +27,7 @@ def write_openvino(
     """Write the files of OpenVINO: bytes N × 3 × h × w of any size in, probabilities out, with classes and threshold as
     `rt_info` of the name 'ftlib'. Raises `DeployError`, and leaves no file, where they give other classes than the
     learner."""
+    check_merged(learn)
     _openvino()
     _check_number('tolerance', tolerance, 0)
     path, shipped = Path(path), as_predictor(learn)

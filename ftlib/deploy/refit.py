@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from fastai.data.core import Datasets
 
-from .predict import as_predictor
+from .predict import as_predictor, check_merged
 from ..errors import DeployError
 from ..evaluate.calibrate import Calibration, Temperature
 from ..models.cnn import cnn
@@ -36,6 +36,7 @@ def refit(
     if on != 'all': raise DeployError(f"refit(on={on!r}): the only choice is 'all', training and validation images.")
     if not len(learn.dls.valid_ds):
         raise DeployError('there are no validation images, so the learner was trained on all images already.')
+    check_merged(learn)
     as_predictor(learn)  # raises where this could not be shipped anyway
     phases, report = None if train else _phases(learn), learn.evaluate()
     again = _start_again(learn, _on_all(learn.dls), kwargs)
@@ -69,6 +70,10 @@ def _phases(learn):
     if learn.history['phase'].unique().tolist() != found['fit'].tolist() or not found['kept'].any():
         raise DeployError('the learner was trained by other fits than its last fine_tune too, whose settings are not '
                           'known: give a function that trains it, as train=lambda learn: learn.fit_one_cycle(8, 1e-2).')
+    if 'adapters' in found and found['adapters'].notna().any():
+        raise DeployError('the learner was trained with LoRA adapters, which fine_tune does not put in: give a '
+                          'function that puts them in, trains and merges them, as train=f with f(learn): '
+                          'learn.add_lora(); learn.fit_one_cycle(8, 1e-3); learn.merge_lora().')
     # the whole network started from the head, the head from nothing
     return found[:int(found['kept'].to_numpy().nonzero()[0][-1]) + 1]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .bundle_file import learner_with_classes
-from .predict import as_predictor
+from .predict import as_predictor, check_merged
 from ..errors import DeployError
 from ..evaluate.intervals import wilson
 from ..train.fine_tune import fine_tune
@@ -32,6 +32,7 @@ def add_classes(
     """A learner for more classes: the body of this one, old outputs from their weights, new outputs trained with them.
     Validation images that this learner was trained on are left out of the table, with a warning. Raises
     `DeployError`."""
+    check_merged(learn)
     old, new = ([str(c) for c in d.vocab] for d in (learn.dls, dls))
     if missing := [c for c in old if c not in new]:
         raise DeployError(f'the data have no images of {", ".join(map(repr, missing[:5]))}: give images of the old '

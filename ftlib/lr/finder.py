@@ -137,9 +137,11 @@ def usual_lr(
     if not getattr(learn, 'pretrained', False) or getattr(cls, 'func', cls) not in (torch.optim.Adam,
         torch.optim.AdamW):
         return None
-    frozen = getattr(learn.model, 'frozen', 0)
-    if frozen and frozen == len(learn.model.stages): return HEAD_LR
-    lr, bs = MOVING_LR if moves_statistics(learn.model) else WHOLE_LR, getattr(learn.dls.train, 'bs', None)
+    net = learn.model
+    frozen = getattr(net, 'frozen', 0)
+    if frozen and frozen == len(net.stages): return HEAD_LR
+    if getattr(net, 'adapters', None) is not None or getattr(net, 'only', None) == 'norms': return None
+    lr, bs = MOVING_LR if moves_statistics(net) else WHOLE_LR, getattr(learn.dls.train, 'bs', None)
     bs = (bs or 32) * getattr(learn, 'n_processes', 1)
     return lr * min(1., (bs / 32) ** .5)
 

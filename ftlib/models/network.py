@@ -93,6 +93,8 @@ class Network(nn.Sequential):
     """A `Body` and a head. `net[0]` is the body and `net[1]` the head, as in fastai: where the body hands on a map,
     the head begins with the pool, which counts as the last of the `stages`."""
     bn = 'moving'  # Batch-norm statistics of stages that train: 'moving', or 'still' as they were loaded
+    only = None      # 'norms': of the body only normalization layers and biases train, in every stage
+    adapters = None  # Settings of the LoRA adapters in the body, of which then only the adapters train; or None
     # By which of ftlib's builders, with which arguments, as JSON has them; None where it can't be built again from
     # these
     built_by = None
@@ -177,18 +179,37 @@ class Network(nn.Sequential):
 
     def freeze_to(self, n: int,   # First group that trains; negative counts from the end, 0 trains everything
                   train_bn=False, # Keep training the norms of the frozen stages, as in fastai
+                  only=None,      # 'norms': of the stages that train only normalization layers and biases
                  ):
-        "Freeze the groups before `n`: their weights, their statistics and their dropout."
+        """Freeze the groups before `n`: their weights, their statistics and their dropout. Of a body with adapters
+        only the adapters train."""
         owned = self._owned()
         if not -len(owned) <= n <= len(owned):
             raise ValueError(f'freeze_to({n}): this network has {len(owned)} groups {self.group_names()}; '
                              f'pass a number from {-len(owned)} to {len(owned)}')
-        self.frozen_to,self.train_bn = n % len(owned) if n < 0 else n,train_bn
-        trains = self._norm_ids() if train_bn else set()
+        if only is not None: self._check_only(only)
+        self.frozen_to,self.train_bn,self.only = n % len(owned) if n < 0 else n,train_bn,only
+        may, norms = self._may_train(), self._norm_ids() if train_bn else set()
         for g, (_, ps) in enumerate(owned):
-            for p in ps: p.requires_grad_(g >= self.frozen_to or id(p) in trains)
+            for p in ps: p.requires_grad_(id(p) in norms or g >= self.frozen_to and id(p) in may)
         self.train(self.training)
         return self
+
+    def _check_only(self, only):
+        if only != 'norms': raise ValueError(f"only={only!r}: give 'norms', or None.")
+        if self.adapters is not None:
+            raise ValueError('the body has LoRA adapters, so its norms and biases stay frozen: merge the adapters '
+                             'first, by learn.merge_lora().')
+        if not any(is_norm(m) and any(True for _ in m.parameters()) for m in self.body.modules()):
+            raise ValueError(f'the body of this network ({self.arch}) has no normalization layer with weights, so '
+                             f'there is nothing to train by it: freeze whole stages, by freeze_to(n).')
+
+    def _may_train(self):
+        "Parameters that train where their stage does, by `id`: all of the head, of the body those of its mode"
+        named, norms = [*self.body.named_parameters()], self._norm_ids()
+        if self.adapters is not None: named = [(n, p) for n, p in named if 'lora_' in n]
+        elif self.only == 'norms': named = [(n, p) for n, p in named if id(p) in norms or n.endswith('bias')]
+        return {id(p) for _, p in named} | {id(p) for p in self.head.parameters()}
 
     def freeze(self, train_bn=False):
         "Train the head alone."

@@ -51,7 +51,7 @@ def fit_fingerprint(
     about['decay of norms and biases'] = learn.wd_bn_bias
     about['layers'] = _layers(learn.model)
     about['network'] = digest(*(f'{k} {tuple(v.shape)} {v.dtype}' for k, v in learn.model.state_dict().items()))
-    about['frozen groups'] = getattr(learn.opt, 'frozen_idx', 0)
+    about['frozen groups'] = learn.trains_from
     bs = getattr(train, 'bs', None)  # of one step: two processes with 32 images each may go on as one with 64
     about['batch size'] = bs and bs * getattr(learn, 'n_processes', 1)
     about['training images'] = len(train.dataset)
@@ -224,7 +224,8 @@ class Checkpoint:
         state = dict(version=_VERSION, about=self.about, epoch=epoch, step=step, end=end, before=self.before,
                      best=self.best, start=start,
                      precision_policy=None if policy is None else [policy.dtype, policy.channels_last],
-                     microbatch_size=learn.microbatch_size, frozen_to=getattr(learn.opt, 'frozen_idx', 0),
+                     microbatch_size=learn.microbatch_size, frozen_to=learn.trains_from,
+                     trained_names=sorted(learn.trained_names),
                      learner={k: vars(learn)[k] for k in _OF_LEARNER if k in vars(learn)},
                      trained=training_state(learn), gradients=_gradients(learn.model),
                      random=random_states(*learn.dls.loaders),
@@ -257,8 +258,9 @@ def _gradients(model):
 # %% ../../nbs/43_persist.checkpoint.ipynb #226f323a
 def restore_model(learn, state):
     "Restore weights, optimizer, frozen stages and precision"
-    if getattr(learn.opt, 'frozen_idx', 0) != state['frozen_to']: learn.freeze_to(state['frozen_to'])
+    if learn.trains_from != state['frozen_to']: learn.freeze_to(state['frozen_to'])
     learn.microbatch_size = state['microbatch_size']
+    learn.trained_names = learn.trained_names | set(state.get('trained_names', ()))
     if state['precision_policy'] is not None: learn.precision_policy = PrecisionPolicy(*state['precision_policy'])
     for k, p in learn.model.state_dict(keep_vars=True).items():  # the same memory layout gives bit-identical sums
         there = state['trained']['model'][k]

@@ -99,7 +99,7 @@ def fine_tune(
     # whole network is `usual_lr`, or found by a sweep where there is none
     lr:float=None,
     # First stage that trains in the second phase, as for `learn.freeze_to`; the stages before it give cached features.
-    # By default all stages train but those that would hardly move
+    # 'norms': norms, biases and the head train. By default all stages train but those that would hardly move
     freeze_to:int|str=None,
     minutes:float=None,      # Time for all of it, in place of `epochs`; the whole network gets what the head leaves
     **kwargs,                # More arguments of `fit_one_cycle` for both phases: cbs, wd, checkpoint, resume
@@ -150,7 +150,8 @@ class _Run:
 
     def train(self, epochs, freeze_epochs):
         if self.learn.opt is None: self.learn.create_opt()
-        if self.freeze_to is not None: self.learn.freeze_to(self.freeze_to)  # an unknown stage is named before all else
+        if self.freeze_to is not None:
+            with self.learn.no_logging(): self.learn.freeze_to(self.freeze_to)  # an unknown stage is named before all
         if freeze_epochs != 0 and self._has_head(freeze_epochs): self._train_head(freeze_epochs)
         if self.rows and self.validates: self._remember_head()
         if self.budget is None or self._minutes_left() > 0:
@@ -228,8 +229,9 @@ class _Run:
         # the best start, if accuracies are equal
         if self.head_weights is not None: learn.best_weights.restore('valid_loss')
         n = len(learn.opt.hypers)
-        # for random weights all stages have the same learning rate
+        # for random weights all stages have the same learning rate, and for norms, biases and adapters
         ratio = RATIO['moving' if moves_statistics(learn.model) else 'still'] if learn.pretrained else 1.
+        if self._part() is not None: ratio = 1.
         ratios = np.geomspace(1 / ratio, 1, n)
         with nullcontext() if self.freeze_to is not None else self._augmented_anew():
             frozen = min(int((ratios < HARDLY).sum()), max(n - 2, 0))  # the last stage trains, and the head
@@ -242,7 +244,13 @@ class _Run:
                 learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5., minutes=minutes,
                                     **self.kwargs | dict(cbs=[*L(self.kwargs.get('cbs')), Compared()]))
             finally: learn.unfreeze()
-        self._note('whole network', lr, start, f'from {learn.groups_table().index[k]} on' if k else 'of all stages')
+        how = f'from {learn.groups_table().index[k]} on' if k else 'of all stages'
+        self._note('whole network', lr, start, how if self._part() is None else f'of {self._part()} and the head')
+
+    def _part(self):
+        "What trains of the body's stages; None for all weights"
+        if getattr(self.learn.model, 'adapters', None) is not None: return 'the adapters'
+        return 'norms, biases' if self.freeze_to == 'norms' else None
 
     @contextmanager
     def _augmented_anew(self):
@@ -263,6 +271,7 @@ class _Run:
         rows = [r for r in rows if r['phase'] == rows[-1]['phase']]
         row = dict(phase=phase, fit=rows[-1]['phase'], epochs=len(rows), lr=lr, seconds=time.perf_counter() - start)
         if phase != 'head' and self.freeze_to is not None: row['freeze_to'] = self.freeze_to
+        if self._part() == 'the adapters': row['adapters'] = True
         text = (f'{phase.capitalize()}: {len(rows)} epoch{"s" * (len(rows) != 1)} {how}, learning rate {lr:.1e}, '
                 f'{row["seconds"]:.0f} s')
         if self.validates:

@@ -31,6 +31,26 @@ class LearnerMethods:
         from ftlib.train.distributed import distributed
         return distributed(self, n, sync_bn, timeout)
 
+    def add_lora(self, r=8, alpha=None, dropout=0., targets=None):
+        "Put LoRA adapters into the body; they and the head train (`ftlib.train.lora.add_lora`)."
+        from ftlib.train.lora import add_lora
+        return add_lora(self, r, alpha, dropout, targets)
+
+    def merge_lora(self):
+        "Add the LoRA adapters to the weights, and remove them (`ftlib.train.lora.merge_lora`)."
+        from ftlib.train.lora import merge_lora
+        return merge_lora(self)
+
+    def save_trained(self, file):
+        "Write only the weights that fits have trained (`ftlib.persist.trained.save_trained`)."
+        from ftlib.persist.trained import save_trained
+        return save_trained(self, file)
+
+    def load_trained(self, file):
+        "Load a file of `save_trained` onto the same base weights (`ftlib.persist.trained.load_trained`)."
+        from ftlib.persist.trained import load_trained
+        return load_trained(self, file)
+
     def evaluate(self, on='valid', tta=0, confidence=.95, threshold=.5):
         "A `Report` of the validation images or of others (`ftlib.evaluate.report.evaluate`)."
         from ftlib.evaluate.report import evaluate

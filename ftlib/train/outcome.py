@@ -65,7 +65,7 @@ def outcome(
     "What a fit has changed, for `take_over`."
     parts = [{k: _packed(v, common) for k, v in vars(o).items() if o is not learn or k not in _NOT_SENT}
              for o in [*learner_parts(learn), *cbs]]
-    return dict(parts=parts, trained=training_state(learn), frozen=getattr(learn.opt, 'frozen_idx', 0),
+    return dict(parts=parts, trained=training_state(learn), frozen=learn.trains_from,
                 modes=[m.training for m in learn.model.modules()], random=random_states(*learn.dls.loaders),
                 failed=[getattr(dl, 'failed', None) for dl in learn.dls.loaders], value=_packed(value, common))
 
@@ -80,7 +80,7 @@ def take_over(
     def load(data): return _Unpickler(io.BytesIO(data), common).load()
     parts = [{k: load(data) for k, data in part.items() if data is not None} for part in changed['parts']]
     value = load(changed['value'])
-    if getattr(learn.opt, 'frozen_idx', 0) != changed['frozen']: learn.freeze_to(changed['frozen'])
+    if learn.trains_from != changed['frozen']: learn.freeze_to(changed['frozen'])
     load_training_state(learn, changed['trained'])
     for m, training in zip(learn.model.modules(), changed['modes']): m.training = training
     for o, part in zip([*learner_parts(learn), *cbs], parts): vars(o).update(part)
