@@ -68,7 +68,6 @@ class FitLearner(StepLearner):
     # of the last `fine_tune` without a learning rate: one row per phase, the results of `lr_find`, {phase: its weights}
     fine_tuning = sweeps = phase_weights = None
     fits_kept = {}  # {folder: number of finished fits}
-    trained_names = frozenset()  # of the parameters that a fit has trained, for `save_trained`
     _fit_plan = 0, None, None  # first epoch, checkpointer, state to resume from
 
     def fit(self,
@@ -177,7 +176,6 @@ class FitLearner(StepLearner):
             raise TrainError('resume=True needs a folder of checkpoints: pass checkpoint=.')
         if reset_opt or self.opt is None: self.create_opt()
         move_to_batches(self)  # a checkpoint is restored there
-        self.trained_names = self.trained_names | {n for n, p in self.model.named_parameters() if p.requires_grad}
         hypers = self.opt.hypers
         lrs = self._group_lrs(self.lr if lr is None else lr, len(hypers), factors)
         # an optimizer may have no momentum

@@ -58,6 +58,8 @@ def _hypers(state):
 # %% ../../nbs/64_train.learner.ipynb #1f49e785
 class Learner(LearnerMethods, PredictLearner):
     "Subclass of fastai's Learner that accepts the same arguments."
+    trained_names = frozenset()  # of the parameters that fits have trained, for `save_trained`
+
     start_sum = None  # checksum of the weights that the first fit started from
 
     def __init__(self, dls, model,
@@ -152,6 +154,7 @@ class Learner(LearnerMethods, PredictLearner):
 
     def _fit(self, n_epoch, lr, scheds, wd, cbs, *args, **kwargs):
         check_mixing(self, [*self.cbs, *L(cbs)])
+        self.trained_names = self.trained_names | {n for n, p in self.model.named_parameters() if p.requires_grad}
         if self.start_sum is None: self.start_sum = weights_sum(self.model)
         if self.workers is not None:
             return self.workers.call(self, '_fit', n_epoch, lr, scheds, wd, cbs, *args, **kwargs)
