@@ -57,8 +57,8 @@ class LearnerMethods:
         return evaluate(self, on, tta, confidence, threshold)
 
     def tta(self, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=.25, use_max=False):
-        "Predictions averaged over augmented images (`ftlib.evaluate.report.tta`)."
-        from ftlib.evaluate.report import tta
+        "Predictions averaged over augmented images (`ftlib.evaluate.tta.tta`)."
+        from ftlib.evaluate.tta import tta
         return tta(self, ds_idx, dl, n, item_tfms, batch_tfms, beta, use_max)
 
     def calibrate(self, on='valid', abstain=None, lower_end=False):
