@@ -40,6 +40,10 @@ def place(tmp_path_factory):
     ("batch_norm", (*TINY, "--lrs", "1e-4"), {"bn", "lr", "accuracy", "peak"}),
     ("peak", (*STREAM, "--rounds", "1", "--n", "1", "--matrix", "64"), {"way", "precision", "images/s", "share"}),
     ("few_weights", (*TINY, "--lrs", "1e-3"), {"way", "lr", "accuracy", "head", "momenta", "file", "step"}),
+    ("image_sizes", (*(a for a in TINY if a not in ("--size", "32")), "--epochs", "2", "--pixels", "16", "32"),
+     {"pixels", "way", "accuracy", "head", "cpu"}),
+    ("bodies", (*TINY, "--bodies", "resnet18", "tf_efficientnet_lite0"),
+     {"body", "chosen", "probe", "accuracy", "seconds of choosing"}),
 ])
 def test_a_bench_runs(root, place, name, args, columns):
     out = place / f"{name}.csv"
@@ -73,3 +77,27 @@ def test_the_bench_of_shipping_runs(root, place):
     good, unknown = pd.read_csv(out).to_dict("records")
     assert good["bundle"] in (True, "True") and good["onnx"] < 1e-4 and good["changed"] == 0, good
     assert "resnet81" in unknown["refused"] and pd.isna(unknown["onnx"])
+
+
+def test_the_bench_of_timms_sizes_runs(root, place):
+    "Two families, one of which is built for a size; what is there already is not run again"
+    out = place / "timm_sizes.csv"
+    command = [sys.executable, "-W", "ignore", root / "bench" / "timm_sizes.py", "--families", "mobilenetv3", "deit",
+               "--sizes", "64", "96", "--out", out]
+    for _ in range(2):
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=place)
+        assert done.returncode == 0, done.stderr[-2000:]
+    table = pd.read_csv(out).set_index(["family", "size"])
+    assert len(table) == 4 and (table.outcome == "works").all()
+    assert table.loc[("deit", 64), "message"] == "built with img_size=64"
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_works_or_says_why_not(root, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "bench"))
+    import timm_sizes
+    found = {(name, size): timm_sizes.built(name, size) for name in timm_sizes.families().values()
+             for size in (96, 160, 200, 224)}
+    assert len(found) > 300 and not {k: v["message"] for k, v in found.items() if v["outcome"] == "failure"}
+    assert all("Use images of its own size" in v["message"] for v in found.values() if v["outcome"] == "ArchError")
+    assert sum(v["outcome"] == "works" for v in found.values()) > .9 * len(found)

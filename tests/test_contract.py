@@ -25,14 +25,13 @@ from ftlib.teach.hints import Hints
 from ftlib.callbacks.best import BestWeights
 from ftlib.callbacks.budget import Budget
 from ftlib.persist.callback_state import callback_state
-from ftlib.train.fits import CheckFiniteLoss
 from ftlib.train.groups import EvalFrozenModules
 from ftlib.callbacks.history import EpochLog, Recorder
 from ftlib.train.learner import Learner
 from ftlib.lr.finder import LRSweep
 from ftlib.lr.rates import Schedule
 from ftlib.callbacks.progress import Progress
-from ftlib.callbacks.stopping import EarlyStopping
+from ftlib.callbacks.stopping import CheckFiniteLoss, EarlyStopping
 from ftlib.callbacks.loggers import EpochLogger, MLflowLogger, WandbLogger
 from ftlib.callbacks.trackers import MonitorCallback, ReduceLROnPlateau
 

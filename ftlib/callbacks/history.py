@@ -102,7 +102,9 @@ class EpochLog(Callback):
         names, values = list(self.learn.recorder.metric_names[1:]), self.learn.recorder.values[-1]
         scores = {n: v for n, v in zip(_unique(names), values) if n != 'time'}
         at = dict(phase=self.phase, epoch=self.learn.epoch)
-        self.rows.append({**at, **scores, 'lr': self.lrs[-1], 'seconds': time.perf_counter() - self.started,
+        size = getattr(self.learn.dls, 'size', None)  # of the images that were trained on
+        about = dict(size=size) if isinstance(size, int) else {}
+        self.rows.append({**at, **scores, **about, 'lr': self.lrs[-1], 'seconds': time.perf_counter() - self.started,
                           'frozen': getattr(self.learn.model, 'frozen', 0), 'cached': self.cached,
                           'fill_seconds': self.filled[0], 'fill_bytes': self.filled[1], **self._skipped()})
         self.filled = 0., 0
@@ -167,8 +169,8 @@ def plot_history(
     return fig
 
 # %% ../../nbs/50_callbacks.history.ipynb #18f7dafc
-_not_metrics = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds',
-                'fill_bytes', 'skipped')
+_not_metrics = ('phase', 'epoch', 'train_loss', 'valid_loss', 'size', 'lr', 'seconds', 'frozen', 'cached',
+                'fill_seconds', 'fill_bytes', 'skipped')
 
 # %% ../../nbs/50_callbacks.history.ipynb #855f67a2
 def _epoch_ends(epochs, steps):

@@ -6,6 +6,7 @@
 __all__ = ['CenterCrop', 'UniformErasing', 'augmentations', 'WeightedLoss', 'ImageData', 'bad_files', 'image_data']
 
 # %% ../../nbs/16_data.images.ipynb #f1b6770a
+import copy
 import difflib
 import inspect
 import random
@@ -101,6 +102,7 @@ class WeightedLoss(CrossEntropyLossFlat):
 class ImageData(DataLoaders):
     "fastai's `DataLoaders` with a summary, a list of bad files, and a test set that is used only by `held_out`"
     seed, size, auto_bs, _table, _test_items, _bad = 42, None, False, None, None, None
+    _made_from = None  # Arguments of `_loaders` but the size
 
     def held_out(self):
         "Data loader of the test set, in order. Nothing else gives access to it."
@@ -136,6 +138,23 @@ class ImageData(DataLoaders):
         items = _items(test_items, self.vocab, with_labels)
         if not items: raise DataError("there is nothing to predict: no images were given.")
         return super().test_dl(items, with_labels=with_labels, **kwargs)
+
+    def resized(self,
+        size:int,  # Pixels per side
+    ):
+        """The same images at another size, in new loaders: splits, labels, batch size and augmentation are kept, and
+        each image is decoded once for this size. Raises `DataError` for loaders that `image_data` has not built."""
+        _check_settings(size, 1, None, None, 0)
+        if self._made_from is None:
+            raise DataError("only loaders that image_data has built can be resized: build them anew for this size.")
+        new, given = copy.copy(self), self._made_from | dict(bs=self.train.bs)
+        new.loaders, new.size = _loaders(size=int(size), **given).loaders, int(size)
+        for dl, old in zip(new.loaders, self.loaders):
+            if [type(f) for f in dl.after_item.fs] != [type(f) for f in old.after_item.fs]:
+                raise DataError("item transforms were added to these loaders, and may depend on the size: build them "
+                                "anew for this size.")
+            dl.after_batch, dl.failed = old.after_batch, old.failed
+        return new
 
     def new_empty(self):
         new = super().new_empty()
@@ -229,7 +248,10 @@ valid:float=.2,            # Fraction of each class for validation; a split of t
     table = split_table(found, valid, test, seed)
     shown = show_names(found.classes, names)
     table["name"] = table["label"].map(dict(zip(found.classes, shown)))
-    dls = _loaders(table, shown, size, seed, bs, (augment, flips), balance, num_workers, device, found.path, cache)
+    given = dict(table=table, vocab=shown, seed=seed, bs=bs, augment=(augment, flips), balance=balance,
+                 num_workers=num_workers, device=device, path=found.path, cache=cache)
+    dls = _loaders(size=size, **given)
+    dls._made_from = given
     dls.seed, dls.size, dls._table, dls._bad, dls.auto_bs = (seed, size, table, bad, auto_bs
         and dls.device.type == "cuda")
     held = table[table["split"] == "test"]

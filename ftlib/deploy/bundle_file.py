@@ -90,7 +90,8 @@ def read_bundle_header(
 _ARGS = {'builder': str, 'arch': str, 'n_in': int, 'cut': (int, type(None)), 'normalize': bool, 'concat_pool': bool,
          'pool': bool, 'lin_ftrs': (list, type(None)), 'ps': (int, float, list), 'first_bn': bool, 'bn_final': bool,
          'lin_first': bool, 'y_range': (list, type(None)), 'input_size': (int, type(None)), 'img_size': int,
-         'image_size': int, 'channels': list, 'linear': list, 'size': int, 'grid': int, 'n_out': int}
+         'dynamic_img_size': bool, 'global_pool': str, 'image_size': int, 'channels': list, 'linear': list, 'size': int,
+         'grid': int, 'n_out': int}
 
 # %% ../../nbs/90b_deploy.bundle_file.ipynb #7efd7bb9
 def build_network(

@@ -123,7 +123,8 @@ def _train_again(learn, phases):
     tables = []
     for row in phases.to_dict('records'):
         if row['phase'] == 'head': tables.append(fine_tune(learn, 0, row['best epoch'] + 1, row['lr']))
-        else: tables.append(fine_tune(learn, row['epochs'], 0, row['lr'], row.get('freeze_to')))
+        else: tables.append(fine_tune(learn, row['epochs'], 0, row['lr'], row.get('freeze_to'),
+                                    sizes=row.get('sizes')))
     learn.fine_tuning = pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/92h_deploy.refit.ipynb #437b9d3b

@@ -140,9 +140,7 @@ def _is_offline(error):
 
 def _licence(arch):
     "Of the weights, as timm states it"
-    if arch.source != 'timm': return None
-    import timm
-    return getattr(timm.get_pretrained_cfg(arch.name), 'license', None)
+    return getattr(arch.timm_cfg, 'license', None)
 
 def _released(arch, weights):
     "The name under which the weights are published, or that of the file"
@@ -150,10 +148,8 @@ def _released(arch, weights):
     if isinstance(weights, (str, Path)) and weights != 'imagenet': return Path(weights).name
     if weights != 'imagenet': return type(weights).__name__
     if arch.source == 'torchvision': return str(arch.enum.DEFAULT) if len(arch.enum) else None
-    if arch.source != 'timm': return None
-    import timm
-    cfg = timm.get_pretrained_cfg(arch.name)
-    return cfg and (cfg.hf_hub_id or cfg.url)
+    cfg = arch.timm_cfg
+    return arch.hub or cfg and (cfg.hf_hub_id or cfg.url)
 
 # %% ../../nbs/98c_experiment.choose.ipynb #805c9fe5
 class BodyTable(pd.DataFrame):

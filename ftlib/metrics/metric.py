@@ -105,8 +105,8 @@ def _takes_probabilities(func):
 
 # %% ../../nbs/36_metrics.metric.ipynb #65e978b8
 # Columns of the history, which a metric can't be called
-_TAKEN = ('phase', 'epoch', 'train_loss', 'valid_loss', 'lr', 'seconds', 'frozen', 'cached', 'fill_seconds',
-          'fill_bytes', 'skipped', 'time')
+_TAKEN = ('phase', 'epoch', 'train_loss', 'valid_loss', 'size', 'lr', 'seconds', 'frozen', 'cached',
+          'fill_seconds', 'fill_bytes', 'skipped', 'time')
 
 # %% ../../nbs/36_metrics.metric.ipynb #ef6ddd4a
 def _by_name(name):

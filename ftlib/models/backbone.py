@@ -6,7 +6,6 @@
 __all__ = ['torchvision_weights_for', 'is_on_this_machine', 'TokenMean', 'MapPool', 'backbone', 'create_network']
 
 # %% ../../nbs/25_models.backbone.ipynb #e76bf2f9
-import inspect
 import torch
 import torchvision
 from functools import cache, partial
@@ -15,8 +14,8 @@ from fastai.vision.learner import create_head
 from pathlib import Path
 from torch import nn
 from ..errors import ArchError
-from .arch import find_arch, own_size, timm_tags, torchvision_names
-from .image_size import fit_positions, size_arguments
+from .arch import find_arch, hub_id, timm_tags, torchvision_names, with_hub_weights
+from .image_size import fit_positions, size_error, sized
 from .network import Body, Network, Normalize
 from .stages import split
 from ftlib.models.weights import (
@@ -109,10 +108,9 @@ def is_on_this_machine(a, weights) -> bool:
     "Can an `Arch` be filled with `weights` without a download?"
     if not isinstance(weights, (str, torchvision.models.WeightsEnum)) or _is_file(weights): return True
     if a.source == 'torchvision': files = [Path(_torchvision_weights(a, weights).url).name]
-    elif a.source != 'timm' or packaged_file(a.name.removesuffix('.in1k')): return True
+    elif a.source != 'timm' or not a.hub and packaged_file(a.name.removesuffix('.in1k')): return True
     else:
-        import timm
-        cfg = timm.get_pretrained_cfg(a.name)
+        cfg = a.timm_cfg
         if cfg is None: return False
         files = [Path(cfg.url).name] if cfg.url else []
         if cfg.hf_hub_id:
@@ -124,23 +122,32 @@ def is_on_this_machine(a, weights) -> bool:
 
 # %% ../../nbs/25_models.backbone.ipynb #f9915f40
 def _fetched_timm(a, weights, n_in, **kwargs):
-    if weights not in ('imagenet', 'DEFAULT'): a.name = f"{a.name.split('.')[0]}.{weights}"
-    packaged = packaged_file(a.name.removesuffix('.in1k'))
+    if a.hub and weights not in ('imagenet', 'DEFAULT') and hub_id(weights) != a.hub:
+        raise WeightsError(f"'hf_hub:{a.hub}' has one set of weights, and no {weights!r}: leave weights= out.")
+    if not a.hub and weights not in ('imagenet', 'DEFAULT'): a.name = f"{a.name.split('.')[0]}.{weights}"
+    packaged = not a.hub and packaged_file(a.name.removesuffix('.in1k'))
     if packaged:
         net = a.build(n_in, **kwargs)
         load_state(net, rename_by_order(net.state_dict(), read_state(packaged)), packaged.name, a.classifier, a.name)
         a.mean,a.std = (127/255,)*3,(128/255,)*3
         return net
     import timm
-    if not timm.list_models(a.name if '.' in a.name else f'{a.name}.*', pretrained=True):
+    if not a.hub and not timm.list_models(a.name if '.' in a.name else f'{a.name}.*', pretrained=True):
         raise WeightsError(f'timm has no weights for {a.name}; there are {", ".join(timm_tags(a.name)) or "none"}: '
                            f'pass '
                            'one of these as weights=, a file, or None')
-    if kwargs: a.build(n_in, **kwargs) # raises for a wrong argument, which is not a failed download
+    if kwargs: _check_arguments(a, n_in, kwargs)  # a wrong argument is no failed download
     try: from huggingface_hub.constants import HF_HUB_CACHE as folder
     except ImportError: folder = Path(torch.hub.get_dir())/'checkpoints'
-    cfg = timm.get_pretrained_cfg(a.name)
+    cfg = a.timm_cfg
     return download(lambda: a.build(n_in, True, **kwargs), a.name, cfg.hf_hub_id or cfg.url or a.name, folder)
+
+def _check_arguments(a, n_in, kwargs):
+    "Build the network without values. Raises `ArchError` for a wrong argument"
+    try:
+        with torch.device('meta'): a.build(n_in, **kwargs)
+    except ArchError: raise
+    except Exception: a.build(n_in, **kwargs)  # of the network's own code: it may need values, or raise it again
 
 # %% ../../nbs/25_models.backbone.ipynb #7fb60224
 def _load_file(net, a, file):
@@ -225,12 +232,12 @@ def backbone(arch,               # A name, a function that builds a classifier, 
     """Build the body of a classifier as stages, with weights and normalization. Networks without published weights are
     normalised with ImageNet's statistics. Raises `ArchError`, `WeightsError`."""
     if not isinstance(n_in, int) or n_in < 1: raise ArchError(f'n_in={n_in!r}: give a number of channels, 1 or more')
-    a = find_arch(arch)
+    a = with_hub_weights(find_arch(arch), weights)
     if input_size: kwargs = _sized(a, input_size, weights, kwargs)
     net = _filled(a, weights, n_in, **kwargs)
     if callable(cut): net, cut = cut(net), None
     size = input_size or a.size
-    parts, shapes = _split(net, a.name, n_in, size)
+    parts, shapes = _split(net, a, n_in, size)
     if not shapes[-1]:
         raise ArchError(f'{a.name} gives more than one tensor, as a tuple or a dictionary of logits: give a module '
                         f'whose forward returns the one that the head is to get.')
@@ -238,29 +245,19 @@ def backbone(arch,               # A name, a function that builds a classifier, 
     norm = Normalize(_channels(a.mean, n_in), _channels(a.std, n_in)) if normalize else nn.Identity()
     return Body(norm, stages, width, a.name, size, shapes).train()
 
-# %% ../../nbs/25_models.backbone.ipynb #a8bd00bf
+# %% ../../nbs/25_models.backbone.ipynb #29afbbb6
 def _sized(a, size, weights, kwargs):
-    "The arguments of the builder, with those for images of this size unless there are some; a line says so"
-    if kwargs.keys() & {'image_size', 'img_size', 'input_size', 'dynamic_img_size'}: return kwargs
-    more = size_arguments(a, size)
+    "The arguments of the builder, with those for images of this size; a line says so"
+    more = sized(a, size, kwargs)
     if more and weights is not None:
         _say_once(f'{a.name} {size}', f'{a.name} is built for {size}×{size} images; the positions of its weights are '
                   f'interpolated.')
     return kwargs | more
 
-def _split(net, name, n_in, size):
+def _split(net, a, n_in, size):
+    "Where it fails for this size, but not for others, these are named"
     try: return split(net, n_in, size)
-    except (AssertionError, RuntimeError) as e:
-        said, own, ways = str(e).partition('\n')[0], own_size(net), _size_arguments(net, size)
-        known = f' (size={own})' if own and own != size else ''
-        what = f'It was built for {own}×{own} images. ' if known else ''
-        raise ArchError(f'{name} cannot process {size}×{size} images of {n_in} channels ({said}). {what}Use images of '
-                        f'its own size{known}' + ''.join(f', or pass {way}' for way in ways) + '.') from e
-
-def _size_arguments(net, size):
-    "The arguments by which a network can be built for another image size"
-    takes = {k for c in type(net).__mro__ for k in inspect.signature(c.__init__).parameters}
-    return [f'{k}={v}' for k, v in (('image_size', size), ('img_size', size), ('dynamic_img_size', True)) if k in takes]
+    except (AssertionError, RuntimeError) as e: raise size_error(a, net, n_in, size, e) from e
 
 # %% ../../nbs/25_models.backbone.ipynb #88349c9a
 def _channels(v, n):
@@ -311,4 +308,6 @@ def _build_args(arch, n_out, n_in, custom_head, args):
     a = find_arch(arch)
     if custom_head is not None or a.source not in ('torchvision', 'timm'): return None
     if not all(v is None or isinstance(v, (bool, int, float, list)) for v in plain.values()): return None
-    return dict(builder='create_network', arch=a.name, n_out=n_out, n_in=n_in) | plain
+    # what the Hub has of the architecture; its size is that of the images
+    known = {k: v for k, v in a.args.items() if k != 'img_size' or not plain.get('input_size')}
+    return dict(builder='create_network', arch=a.name, n_out=n_out, n_in=n_in) | known | plain

@@ -116,12 +116,13 @@ def _unexpected(want, left, state, classifier):
 
 # %% ../../nbs/23_models.weights.ipynb #96dc0cb8
 def _first_layer(want, state):
+    "The convolutions of images, of which a network may have several, for as many channels as its images have"
     first = next((k for k, v in want.items() if v.ndim == 4), None)
-    if first not in state or state[first].ndim != 4: return state
-    n, w = want[first].shape[1], state[first]
-    if w.shape[1] != 3 or n == 3: return state
-    w = w.float()
-    return {**state, first: w.sum(1, keepdim=True) if n == 1 else w[:, [i % 3 for i in range(n)]]*3/n}
+    n = 3 if first is None else want[first].shape[1]
+    if n == 3 or first not in state: return state
+    def of_images(k): return state[k].ndim == want[k].ndim == 4 and (state[k].shape[1], want[k].shape[1]) == (3, n)
+    def adapted(w): return w.sum(1, keepdim=True) if n == 1 else w[:, [i % 3 for i in range(n)]]*3/n
+    return state | {k: adapted(state[k].float()) for k in want if k in state and of_images(k)}
 
 # %% ../../nbs/23_models.weights.ipynb #a55c0cfb
 def _differences(want, state, missing, shapes, unexpected):

@@ -29,7 +29,7 @@ from ..cache.session import held_session
 from ..metrics.activation import check_mixing
 from ..callbacks.best import BestWeights
 from .blend import weights_sum
-from .fits import CheckFiniteLoss
+from ..callbacks.stopping import CheckFiniteLoss
 from .groups import EvalFrozenModules
 from .methods import LearnerMethods
 from .predictions import PredictLearner

@@ -28,7 +28,8 @@ from ..metrics.metric import as_metric, name_apart
 from ..models.precision import PrecisionPolicy
 from ..persist.transaction import kept_callbacks, learner_parts, preserve_attributes, preserve_modes
 from ..system.interrupt import stop_between_batches
-from .fits import CheckFiniteLoss, FitLearner
+from ..callbacks.stopping import CheckFiniteLoss
+from .fits import FitLearner
 from .groups import EvalFrozenModules
 
 # %% ../../nbs/63b_train.predictions.ipynb #05b34f55

@@ -21,13 +21,15 @@ from torchvision.models import WeightsEnum, get_model_builder
 
 from ..data.images import ImageData
 from ..data.loader import normalization
+from ..models.arch import hub_id
 from ..models.backbone import create_network
 from ..models.network import Network
 from ..errors import ArchError, TrainError
 from .learner import Learner
 from .methods import best_body
+from .sizes import first_image
 from .step import largest_batch
-from ..persist.transaction import preserve_modes, preserve_rng
+from ..persist.transaction import preserve_modes
 
 # %% ../../nbs/65_train.vision.ipynb #65de311e
 def vision_learner(
@@ -88,7 +90,8 @@ def vision_learner(
     learn.arch, learn.normalize, learn.n_out = arch, normalize, n_out  # callbacks that keep a log ask for them
     # `refit` starts from them again; weights that are in memory are not kept twice
     if not isinstance(arch, Network) and (weights is None or isinstance(weights, (str, Path, WeightsEnum))):
-        learn.start_weights = weights
+        there = hub_id(arch) if weights == 'imagenet' else None
+        learn.start_weights = f'hf_hub:{there}' if there else weights
     return learn
 
 # %% ../../nbs/65_train.vision.ipynb #65458a5a
@@ -167,7 +170,7 @@ def _size_of(dls):
 def _check_channels(net, dls):
     """Raise an error if the network takes another number of channels than the images have. Of most data they have
     what it takes; then it is not run"""
-    x = _first_image(dls)
+    x = first_image(dls)
     takes = next((m.in_channels for m in net.body.modules() if isinstance(m, nn.Conv2d)), None)
     if takes is None or not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] == takes: return
     x = x.as_subclass(torch.Tensor).to(next(net.parameters()).device)
@@ -179,17 +182,6 @@ def _check_channels(net, dls):
                                         'they had another number before, make the loaders anew.')
         raise ArchError(f'the images have {x.shape[1]} channels, and the network takes {takes}: pass '
                         f'n_in={x.shape[1]}.{also}') from e
-
-# %% ../../nbs/65_train.vision.ipynb #7b13ecc6
-def _first_image(dls):
-    "A batch of the first training image alone; None where the loader cannot give it"
-    dl = dls.train
-    if not all(hasattr(dl, o) for o in ('before_iter', 'do_item', 'do_batch', 'after_batch')): return None
-    try:
-        with preserve_rng(*dls.loaders):
-            dl.before_iter()  # selects the transforms of the training set
-            return dl.after_batch(to_device(dl.do_batch([dl.do_item(0)]), getattr(dls, 'device', None)))[0]
-    except Exception: return None  # the user's own code, which may raise anything; a fit will raise it again
 
 # %% ../../nbs/65_train.vision.ipynb #685a289d
 def _fitting(net, n_out):
