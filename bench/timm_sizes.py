@@ -19,6 +19,7 @@ from results import Results
 from ftlib import ArchError, WeightsError, create_network
 from ftlib.models.arch import find_arch, timm_names
 from ftlib.models.image_size import size_arguments
+from ftlib.system.memory import release_memory
 
 # The network with the fewest parameters in each module, or one of the smallest; of other modules, the first
 SMALLEST = """
@@ -84,6 +85,7 @@ def main():
             if results.has(family, size): continue
             start = time.perf_counter()
             found = built(smallest[family], size)
+            release_memory()  # some networks have hundreds of millions of weights
             own = find_arch(f"timm/{smallest[family]}")
             results.add(family=family, network=smallest[family], own_size=_own_size(own.name), size=size,
                         **dict(stages=None, parameters=None) | found, seconds=time.perf_counter() - start)
