@@ -137,7 +137,7 @@ def test_fine_tune_begins_with_small_images_and_ends_with_the_head_at_the_final_
     learn.pretrained = True
     with learn.no_bar(): learn.fine_tune(3, sizes=[16, 32], freeze_epochs=2)
     table = learn.fine_tuning.set_index("phase")
-    assert list(table.index)[:2] == ["head", "whole network"] and table.sizes["whole network"] == [16, 32]
+    assert list(table.index)[:2] == ["head", "whole network"] and list(table.sizes["whole network"]) == [16, 32]
     whole = learn.history[learn.history.phase >= table.fit["whole network"]]
     assert whole["size"].tolist()[:3] == [16, 16, 32] and learn.history["size"].iloc[0] == 32
     assert "at 16 → 32 pixels" in capsys.readouterr().out

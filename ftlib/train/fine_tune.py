@@ -141,8 +141,7 @@ class _Run:
         self.rows, self.sweeps, self.head, self.forward = [], {}, None, 0.
         self.start, self.head_weights, self.n_rows = _copy_of(learn.model), None, len(learn.epoch_log.rows)
         self.phases = {}  # the weights with which each phase ended, for `blend`
-        loaders = learn.dls.loaders
-        self.validates = len(loaders) > 1 and len(loaders[1]) > 0
+        self.validates = all(map(len, learn.dls.loaders[1:2])) and len(learn.dls.loaders) > 1
 
     def train(self, epochs, freeze_epochs):
         if self.learn.opt is None: self.learn.create_opt()
@@ -226,8 +225,8 @@ class _Run:
         if self.head_weights is not None: learn.best_weights.restore('valid_loss')
         n = len(learn.opt.hypers)
         # for random weights all stages have the same learning rate, and for norms, biases and adapters
-        ratio = RATIO['moving' if moves_statistics(learn.model) else 'still']
-        if not learn.pretrained or self._part() is not None: ratio = 1.
+        equal = not learn.pretrained or self._part() is not None
+        ratio = 1. if equal else RATIO['moving' if moves_statistics(learn.model) else 'still']
         ratios = np.geomspace(1 / ratio, 1, n)
         with nullcontext() if self.freeze_to is not None else self._augmented_anew():
             frozen = min(int((ratios < HARDLY).sum()), max(n - 2, 0))  # the last stage trains, and the head
@@ -240,8 +239,8 @@ class _Run:
                 more = dict(cbs=[*L(self.kwargs.get('cbs')), Compared()], minutes=minutes, sizes=self.sizes)
                 learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5., **self.kwargs | more)
             finally: learn.unfreeze()
-        how = f'from {learn.groups_table().index[k]} on' if k else 'of all stages'
-        if self._part() is not None: how = f'of {self._part()} and the head'
+        stages = f'from {learn.groups_table().index[k]} on' if k else 'of all stages'
+        how = stages if self._part() is None else f'of {self._part()} and the head'
         if self.sizes is not None: how += f' at {" → ".join(map(str, self.sizes))} pixels'
         self._note('whole network', lr, start, n_rows, how)
 
@@ -267,8 +266,8 @@ class _Run:
         "Add a row to the table and print a line"
         rows = self.learn.epoch_log.rows[n_rows:]
         row = dict(phase=phase, fit=rows[0]['phase'], epochs=len(rows), lr=lr, seconds=time.perf_counter() - start)
-        if phase != 'head' and self.freeze_to is not None: row['freeze_to'] = self.freeze_to
-        if phase != 'head' and self.sizes is not None: row['sizes'] = list(self.sizes)
+        if phase != 'head':
+            row |= {k: v for k, v in dict(freeze_to=self.freeze_to, sizes=self.sizes).items() if v is not None}
         if self._part() == 'the adapters': row['adapters'] = True
         text = (f'{phase.capitalize()}: {len(rows)} epoch{"s" * (len(rows) != 1)} {how}, learning rate {lr:.1e}, '
                 f'{row["seconds"]:.0f} s')
