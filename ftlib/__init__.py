@@ -78,6 +78,7 @@ _ROOMS = {
     "experiment.crossval": "cross_validate CrossValidation",
     "experiment.few_labels": "label_efficiency_curve LabelEfficiencyCurve",
     "experiment.pipeline": "fine_tune_run FineTuneResult",
+    "experiment.best": "best_classifier BestClassifier",
     "search.space": "Choice Uniform LogUniform Int",
     "search.tune": "tune",
     "search.tuning": "Tuning",

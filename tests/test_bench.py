@@ -44,6 +44,8 @@ def place(tmp_path_factory):
      {"pixels", "way", "accuracy", "head", "cpu"}),
     ("bodies", (*TINY, "--bodies", "resnet18", "tf_efficientnet_lite0"),
      {"body", "chosen", "probe", "accuracy", "seconds of choosing"}),
+    ("best", (*STREAM, "--seeds", "0", "--ways", "best:.1", "ftlib:1", "fastai:1", "torch:1", "hf:1", "--figure",
+              "best.png"), {"set", "way", "accuracy", "low", "high", "seconds"}),
 ])
 def test_a_bench_runs(root, place, name, args, columns):
     out = place / f"{name}.csv"

@@ -2,7 +2,10 @@
 minutes."""
 
 import copy
+import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +18,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from ftlib.data.images import image_data
-from ftlib.errors import CompareError, TrainError
+from ftlib.deploy.bundle import load_bundle
+from ftlib.errors import CompareError, DataError, RunError, TrainError
+from ftlib.experiment import best
+from ftlib.experiment.best import best_classifier
+from ftlib.experiment.candidates import audit_in, bodies_here
 from ftlib.experiment.compare import compare
 from ftlib.experiment.crossval import cross_validate
 from ftlib.experiment.recipes import trainer
@@ -257,3 +264,147 @@ def test_the_learner_is_unfrozen_whatever_phase_the_time_ended_in(knows, minutes
     assert learn.frozen == [] and learn.model.frozen_to == 0 and learn.opt.frozen_idx == 0
     assert all(p.requires_grad for p in learn.model.parameters())
     assert isinstance(learn.model, nn.Module) and learn.fine_tuning.kept.sum() == 1
+
+
+# ---- the best classifier in some minutes
+
+QUICK = dict(minutes=.1, size=32, bs=8, seed=0)
+STEPS = ["audit", "body", "training", "other weights", "calibration", "report", "bundle"]
+
+
+@pytest.fixture(scope="module")
+def among(knows): return {"test_resnet": knows}
+
+
+def copied(stripes, folder, n):
+    "So many images of each class of stripes"
+    for label in ("lying", "standing"):
+        (folder / label).mkdir(parents=True)
+        for i in range(n): shutil.copy(stripes / label / f"{i:02}.png", folder / label)
+    return folder
+
+
+def test_all_steps_and_a_stranger_understands(stripes, among, tmp_path):
+    said = []
+    found = best_classifier(stripes, among=among, folder=tmp_path / "best", say=said.append, **QUICK)
+    assert found.steps.index.tolist() == STEPS and len(said) == len(STEPS)
+    assert (found.steps.used > 0).all() and (found.steps.planned > 0).all()
+    right, total = found.report.table.iloc[0][["right", "total"]]
+    assert found.accuracy.value == right / total and found.accuracy.low < found.accuracy.value <= found.accuracy.high
+    text = repr(found)
+    assert text.count(". ") == 2 and text.endswith("."), "three sentences"
+    assert f"right for {int(right)} of {int(total)}" in text and f"{found.accuracy.low:.1%}" in text
+    for words in ("test_resnet", "38 of yours", "2 classes", "of 0.1 minutes", "load_bundle"): assert words in text
+    image = stripes / "lying" / "03.png"
+    model = load_bundle(found.path)
+    assert model.predict(image)[0] == found.learn.classify(image).prediction[0]
+    assert (tmp_path / "best" / "report" / "report.html").exists()
+    assert pd.read_csv(tmp_path / "best" / "steps.csv")["step"].tolist() == STEPS
+    assert found.learn.frozen == []
+
+
+@pytest.mark.parametrize("at", ["_fine_tune", "_improve", "_calibrate", "save_bundle"])
+def test_killed_it_goes_on_and_repeats_nothing(stripes, among, tmp_path, monkeypatch, at):
+    class Killed(BaseException): pass
+    def die(*args, **kwargs): raise Killed
+    calls, plain = [], best._fine_tune
+    monkeypatch.setattr(best, "_fine_tune", lambda *args: calls.append("training") or plain(*args))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(best, at, die)
+        best_classifier(stripes, among=among, folder=tmp_path, say=len, **QUICK)
+    before, said = len(calls), []
+    found = best_classifier(stripes, among=among, folder=tmp_path, say=said.append, **QUICK)
+    assert len(calls) == 1 and before == (at != "_fine_tune")
+    done = ["audit", "body", "training", "other weights", "calibration", "report"]
+    n = dict(_fine_tune=2, _improve=3, _calibrate=4, save_bundle=6)[at]
+    assert [line.split(":")[0] for line in said if "earlier call" in line] == done[:n]
+    assert found.steps.index.tolist() == STEPS and found.path.exists()
+    assert len(found.learn.history) == sum(found.learn.fine_tuning.epochs) if found.learn.fine_tuning is not None else 1
+    assert found.learn.evaluate().table.value["top1"] == found.accuracy.value, "the weights of the earlier call"
+
+
+def test_the_time_that_is_left_is_what_no_step_has_used(stripes, among, tmp_path):
+    best_classifier(stripes, among=among, folder=tmp_path, say=len, **QUICK)
+    about = json.loads((tmp_path / "steps.json").read_text())
+    for row in about["steps"]:
+        if row["step"] == "audit": row["used"] = 5.9
+    about["steps"] = about["steps"][:2]  # killed in the training, after nearly all of the six seconds
+    (tmp_path / "steps.json").write_text(json.dumps(about))
+    found = best_classifier(stripes, among=among, folder=tmp_path, say=len, **QUICK)
+    assert found.steps.planned["training"] == 1. and found.learn.fine_tuning.phase.tolist() == ["head"]
+
+
+def test_another_call_has_a_folder_of_its_own(stripes, among, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "steps.json").write_text(json.dumps(dict(settings=dict(size=32, images="others"), steps=[])))
+    with pytest.raises(RunError, match="other images"):
+        best_classifier(stripes, among=among, folder=tmp_path / "best", say=len, **QUICK)
+    (tmp_path / "best" / "steps.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        best_classifier(stripes, among=among, folder=tmp_path / "best", say=len, **QUICK)
+
+
+def test_few_images_one_alone_broken_ones_and_copies(stripes, among, tmp_path):
+    folder = copied(stripes, tmp_path / "few", 5)
+    (folder / "alone").mkdir()
+    shutil.copy(stripes / "lying" / "09.png", folder / "alone" / "one.png")
+    shutil.copy(stripes / "lying" / "01.png", folder / "lying" / "copy.png")
+    (folder / "lying" / "broken.png").write_text("no image")
+    whole = (stripes / "lying" / "08.png").read_bytes()
+    (folder / "lying" / "cut.png").write_bytes(whole[:len(whole) // 2])  # found when it is decoded
+    with pytest.warns(UserWarning): found = best_classifier(folder, among=among, say=len, **QUICK)
+    assert found.path is None and "learn.bundle" in repr(found)
+    assert [str(c) for c in found.learn.dls.vocab] == ["alone", "lying", "standing"]
+    used = [Path(item.source).name for item in [*found.learn.dls.train_ds.items, *found.learn.dls.valid_ds.items]]
+    assert "copy.png" not in used and "broken.png" not in used and {"01.png", "one.png"} <= set(used)
+    assert {"duplicate", "few images"} <= set(found.audit.problem) and found.report.table.total.iloc[0] >= 2
+    assert found.learn.calibration is None, "a temperature of two images would say nothing"
+
+
+def test_nothing_to_validate_is_an_error(stripes, among, tmp_path):
+    with pytest.raises(RunError, match="left for validation"), pytest.warns(UserWarning):
+        best_classifier(copied(stripes, tmp_path / "one", 1), among=among, say=len, **QUICK)
+    with pytest.raises(DataError): best_classifier(tmp_path / "nothing", among=among, **QUICK)
+
+
+def test_a_test_set_judges_the_result(stripes, among):
+    found = best_classifier(stripes, among=among, say=len, test=.25, **QUICK)
+    assert found.report.title == "test" and found.tested and "which no step has used" in repr(found)
+    assert found.report.table.total.iloc[0] == 12
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf"), True, "ten", None])
+def test_minutes_that_are_none(stripes, minutes):
+    with pytest.raises(RunError, match="above 0"): best_classifier(stripes, minutes)
+
+
+def test_offline_takes_what_is_here(monkeypatch, tmp_path):
+    torch.save({}, tmp_path / "resnet18-f37072fd.pth")
+    monkeypatch.setenv("FTLIB_DATA", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
+    here, line = bodies_here(["resnet18", "resnet34"], download=False)
+    assert here == {"resnet18": "imagenet"}
+    assert line.startswith("offline: only weights on this machine") and "1 of 2" in line
+    assert bodies_here({"resnet34": None})[0] == {"resnet34": None}
+    with pytest.raises(CompareError, match="nothing is downloaded"): bodies_here(["resnet34"], download=False)
+    with pytest.raises(CompareError, match="is empty"): bodies_here([])
+    with pytest.raises(ValueError, match="resnet18"): bodies_here(["resnet81"])
+
+
+def test_two_bodies_are_compared(stripes, among, knows):
+    found = best_classifier(stripes, among=among | {"resnet18": None}, say=len, **QUICK | dict(minutes=1))
+    assert found.learn.arch in ("test_resnet", "resnet18") and found.steps.planned["body"] == 12
+    assert not len(found.bodies) or set(found.bodies.body) <= {"test_resnet", "resnet18"}
+
+
+def test_copies_in_training_and_validation_are_left_out(stripes, tmp_path):
+    table = pd.DataFrame({"item": [str(stripes / "lying" / f"{i:02}.png") for i in (0, 1, 0, 2)],
+                          "label": "lying", "split": ["train", "train", "valid", "valid"]})
+    copy_ = tmp_path / "copy.png"
+    shutil.copy(table["item"][0], copy_)
+    table.loc[2, "item"] = str(copy_)
+    kept, line = audit_in(table, 10)
+    assert kept["rows"] == [0, 1, 3] and "copies left out: 1" in line
+    assert audit_in(table.assign(label=["lying", "lying", "standing", "lying"]), 10)[0]["rows"] == [0, 1, 2, 3]
+    kept, line = audit_in(pd.concat([table] * 30, ignore_index=True), 1e-9)
+    assert "32 of 120 images" in line

@@ -62,6 +62,21 @@ def test_train_writes_tables_plots_and_weights(shell, stripes):
     assert history["accuracy"].max() == pytest.approx(top1, abs=1e-6), "the table and the metric count the same images"
 
 
+def test_the_best_classifier_in_some_seconds(shell, stripes):
+    args = "best", stripes, "--minutes", ".15", "--arch", "test_resnet=none", "--size", 32, "--bs", 8
+    done = check(shell(*args, "--out", "out"), 0)
+    out = shell.folder / "out"
+    assert {"model.ftl", "report", "steps.csv", "steps.json"} <= {p.name for p in out.iterdir()}
+    steps = pd.read_csv(out / "steps.csv")
+    assert steps["step"].tolist() == ["audit", "body", "training", "other weights", "calibration", "report", "bundle"]
+    for words in ("planned s", "The classifier is right for", "written to out", "audit: 48 images"):
+        assert words in done.stdout, words
+    assert "earlier call" in check(shell(*args, "--out", "out"), 0).stdout
+    assert check(shell("predict", stripes / "lying", "--model", out / "model.ftl"), 0).returncode == 0
+    assert "above 0" in complaint(check(shell("best", stripes, "--minutes", 0), 2))
+    assert "other size" in complaint(check(shell(*args[:-3], 64, "--bs", 8, "--out", "out"), 2))
+
+
 def test_new_images_are_classified_and_sorted(shell, stripes, tmp_path):
     check(shell("train", stripes, *SMALL, "--epochs", 3, "--lr", "5e-3", "--out", "runs/train"), 0)
     inbox = tmp_path / "inbox"

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import ftlib
 from .. import __version__
-from . import deploy, evaluate, lists, search, train
+from . import best, deploy, evaluate, lists, search, train
 from ..errors import RunError
 
 # %% ../../nbs/99g_cli.parser.ipynb #4d481421
 # A function for each command, which adds it to the parser; the order is that of `ftlib --help`
-COMMANDS = [train.add_demo, train.add_train, train.add_lr_find, evaluate.add_evaluate, deploy.add_predict,
-            deploy.add_info, deploy.add_serve, evaluate.add_compare, evaluate.add_cv, search.add_tune,
-            lists.add_audit, lists.add_models, lists.add_cache]
+COMMANDS = [train.add_demo, best.add_best, train.add_train, train.add_lr_find, evaluate.add_evaluate,
+            deploy.add_predict, deploy.add_info, deploy.add_serve, evaluate.add_compare, evaluate.add_cv,
+            search.add_tune, lists.add_audit, lists.add_models, lists.add_cache]
 
 def build_parser() -> argparse.ArgumentParser:
     "The commands and their options; those of other packages are added by the entry points `ftlib.commands`"
