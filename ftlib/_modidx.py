@@ -1208,6 +1208,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ftlib/experiment/candidates.py'),
                                              'ftlib.experiment.candidates._in_time': ( 'experiment.candidates.html#_in_time',
                                                                                        'ftlib/experiment/candidates.py'),
+                                             'ftlib.experiment.candidates._is_connected': ( 'experiment.candidates.html#_is_connected',
+                                                                                            'ftlib/experiment/candidates.py'),
                                              'ftlib.experiment.candidates._seconds_of_one': ( 'experiment.candidates.html#_seconds_of_one',
                                                                                               'ftlib/experiment/candidates.py'),
                                              'ftlib.experiment.candidates.audit_in': ( 'experiment.candidates.html#audit_in',

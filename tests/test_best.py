@@ -18,16 +18,18 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from ftlib.data.images import image_data
+from ftlib.cache.features import why_not_cached
 from ftlib.deploy.bundle import load_bundle
 from ftlib.errors import CompareError, DataError, RunError, TrainError
-from ftlib.experiment import best
+from ftlib.evaluate.report import Report
+from ftlib.experiment import best, candidates
 from ftlib.experiment.best import best_classifier
 from ftlib.experiment.candidates import audit_in, bodies_here
 from ftlib.experiment.compare import compare
 from ftlib.experiment.crossval import cross_validate
 from ftlib.experiment.recipes import trainer
 from ftlib.experiment.soup import greedy_soup
-from ftlib.train.blend import average_weights
+from ftlib.train.blend import NOW, average_weights, choose_weights
 from ftlib.train.fine_tune import judge
 from ftlib.train.vision import vision_learner
 
@@ -117,6 +119,18 @@ def test_of_several_shares_the_best_is_taken_only_beyond_noise(knows):
     table = learn.blend(now, [0, .9])
     assert table.chosen[0] and same({k: v for k, v in now.items() if v.is_floating_point()}, weights(learn))
 
+
+
+def test_the_best_of_many_is_not_taken_for_chance(knows):
+    learn, chance = fit(learner(knows), 3), torch.Generator().manual_seed(0)
+    now = weights(learn)
+    def near():
+        return {k: v + 1e-3 * v.std() * torch.randn(v.shape, generator=chance) if v.ndim > 1 else v
+                for k, v in now.items()}
+    states = {i: near() for i in range(8)}
+    table, taken = choose_weights(learn, {i: lambda i=i: states[i] for i in states})
+    assert table.valid_loss.idxmin() != NOW, "by chance some are better"
+    assert taken == NOW and same(now, weights(learn)) and table.chosen[NOW]
 
 
 def test_the_phases_of_fine_tune_are_blended_by_name(knows):
@@ -303,6 +317,18 @@ def test_all_steps_and_a_stranger_understands(stripes, among, tmp_path):
     assert found.learn.frozen == []
 
 
+def test_the_average_beside_leaves_weights_and_cached_features(knows):
+    learn, average = learner(knows), best.AverageBeside()
+    learn.freeze()
+    assert not why_not_cached(learn, [average])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, cbs=average)
+    plain = learner(knows)
+    with plain.no_bar(), plain.no_logging(): plain.fit_one_cycle(2, 1e-2)
+    assert same(weights(plain), weights(learn)), "the training is the same as without"
+    assert average.average and not any(torch.equal(v, learn.model.state_dict()[k]) for k, v in average.average.items()
+                                       if k.endswith("weight"))
+
+
 @pytest.mark.parametrize("at", ["_fine_tune", "_improve", "_calibrate", "save_bundle"])
 def test_killed_it_goes_on_and_repeats_nothing(stripes, among, tmp_path, monkeypatch, at):
     class Killed(BaseException): pass
@@ -361,6 +387,15 @@ def test_few_images_one_alone_broken_ones_and_copies(stripes, among, tmp_path):
     assert found.learn.calibration is None, "a temperature of two images would say nothing"
 
 
+def test_a_temperature_needs_images_that_it_serves():
+    def report(n, right):
+        "Predictions that are sure, of which a share is right"
+        targets = (np.arange(n) % 10 >= right * 10).astype(int)
+        return Report(np.tile([.999, .001], (n, 1)), targets, ["a", "b"])
+    assert best._temperature(report(10, .7)) == 1
+    assert best._temperature(report(300, .7)) > 3
+
+
 def test_nothing_to_validate_is_an_error(stripes, among, tmp_path):
     with pytest.raises(RunError, match="left for validation"), pytest.warns(UserWarning):
         best_classifier(copied(stripes, tmp_path / "one", 1), among=among, say=len, **QUICK)
@@ -385,6 +420,8 @@ def test_offline_takes_what_is_here(monkeypatch, tmp_path):
     here, line = bodies_here(["resnet18", "resnet34"], download=False)
     assert here == {"resnet18": "imagenet"}
     assert line.startswith("offline: only weights on this machine") and "1 of 2" in line
+    monkeypatch.setattr(candidates, "_is_connected", lambda: False)
+    assert bodies_here(["resnet18", "resnet34"]) == (here, line), "without a connection it is the same"
     assert bodies_here({"resnet34": None})[0] == {"resnet34": None}
     with pytest.raises(CompareError, match="nothing is downloaded"): bodies_here(["resnet34"], download=False)
     with pytest.raises(CompareError, match="is empty"): bodies_here([])

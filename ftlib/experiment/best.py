@@ -69,9 +69,11 @@ class BestClassifier:
                 f'images, was trained on {n:,} of yours to tell {k} classes apart; all took '
                 f'{self.steps.used.sum() / 60:.1f} of {self.minutes:g} minutes. {use}')
 
-# %% ../../nbs/98l_experiment.best.ipynb #d0057060
+# %% ../../nbs/98l_experiment.best.ipynb #075293d1
 class AverageBeside(EMA):
     "The moving average of the weights of the last fit, which the network itself does not get."
+    uses_images = False
+
     def after_train(self): "Leave the weights of the last step in the network"
 
 # %% ../../nbs/98l_experiment.best.ipynb #86f2beb9

@@ -5,8 +5,12 @@
 # %% auto #0
 __all__ = ['LOCAL', 'audit_in', 'bodies_here', 'body_in']
 
-# %% ../../nbs/98k_experiment.candidates.ipynb #d5f74fd0
+# %% ../../nbs/98k_experiment.candidates.ipynb #2a196204
+import os
+import socket
 import time
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import pandas as pd
@@ -50,7 +54,7 @@ def _seconds_of_one(items, n=8):
 LOCAL = ['mobilenet_v2', 'resnet18', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2', 'mobilenet_v3_large',
          'efficientnet_b0', 'resnet50', 'convnext_tiny']
 
-# %% ../../nbs/98k_experiment.candidates.ipynb #fc08c316
+# %% ../../nbs/98k_experiment.candidates.ipynb #4c1815a3
 def bodies_here(
     among=None,           # Names of classifiers, or {name: weights}; by default `BODIES` and `LOCAL`
     download:bool=True,   # Fetch weights that are not on this machine?
@@ -60,10 +64,11 @@ def bodies_here(
     names = dict.fromkeys([*BODIES, *LOCAL] if among is None else among, 'imagenet')
     if isinstance(among, dict): names = among
     if not names: raise CompareError('among= is empty: name at least one classifier.')
-    end, here, away = time.perf_counter() + seconds, {}, []
+    end, here, away, asked = time.perf_counter() + seconds, {}, [], False
     for name, weights in names.items():
         on, fetch = is_on_this_machine(find_arch(name), weights), download and (among is not None or name in BODIES)
-        if not on and fetch and time.perf_counter() < end:
+        if not on and fetch and not asked: asked, download = True, _is_connected()
+        if not on and fetch and download and time.perf_counter() < end:
             try: backbone(name, weights)
             except WeightsError as e: download = download and not _is_offline(e)
             else: on = True
@@ -76,6 +81,15 @@ def bodies_here(
     only = f'{"" if download else "offline: "}only weights on this machine take part, those of {len(here)} of ' \
            f'{len(here) + len(away)} networks' if away else ''
     return here, only
+
+# %% ../../nbs/98k_experiment.candidates.ipynb #d7d74a85
+def _is_connected():
+    "Does the host of the weights answer, or a proxy in its place? Libraries try for a minute until they give up"
+    host = urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').hostname
+    if getproxies(): return True
+    try: socket.create_connection((host, 443), 3).close()
+    except OSError: return False
+    return True
 
 # %% ../../nbs/98k_experiment.candidates.ipynb #9d0dc5e0
 def body_in(
