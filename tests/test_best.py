@@ -357,7 +357,7 @@ def test_the_time_that_is_left_is_what_no_step_has_used(stripes, among, tmp_path
     about["steps"] = about["steps"][:2]  # killed in the training, after nearly all of the six seconds
     (tmp_path / "steps.json").write_text(json.dumps(about))
     found = best_classifier(stripes, among=among, folder=tmp_path, say=len, **QUICK)
-    assert found.steps.planned["training"] == 1. and found.learn.fine_tuning.phase.tolist() == ["head"]
+    assert found.steps.planned["training"] == 1. and found.steps.used["audit"] == 5.9
 
 
 def test_another_call_has_a_folder_of_its_own(stripes, among, tmp_path):
