@@ -317,6 +317,17 @@ def test_all_steps_and_a_stranger_understands(stripes, among, tmp_path):
     assert found.learn.frozen == []
 
 
+def test_images_are_as_many_and_as_large_as_there_is_time_for(stripes, among, tmp_path):
+    "Half a second gives the smallest size, and ten images of each class; the same call goes on with them"
+    quick = {k: v for k, v in QUICK.items() if k != "size"} | dict(minutes=.01)
+    said = []
+    for _ in range(2):
+        found = best_classifier(stripes, among=among, folder=tmp_path / "best", say=said.append, **quick)
+        assert found.learn.dls.size == candidates.SIZES[0]
+    assert "20 of the images take part, at 64 pixels" in said[0]
+    assert sum("kept from an earlier call" in line for line in said) == len(STEPS)
+
+
 def test_the_average_beside_leaves_weights_and_cached_features(knows):
     learn, average = learner(knows), best.AverageBeside()
     learn.freeze()

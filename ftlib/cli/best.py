@@ -22,7 +22,7 @@ def add_best(
                          "ftlib best flowers --minutes 10\n"
                          "ftlib best flowers --arch resnet18 mobilenet_v2=mobilenet_v2.pth --no-download\n"
                          "ftlib best flowers --minutes 10 --out runs/best     # killed, the same call goes on")
-    data_options(command)
+    data_options(command, size=None)
     command.add_argument("--minutes", type=float, default=10., help="time for all of it")
     command.add_argument("--arch", nargs="+", metavar="NAME[=FILE]",
                          help="names from 'ftlib models', each with a file of weights if they are not to be downloaded"

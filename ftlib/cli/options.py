@@ -51,12 +51,14 @@ def rate_or_auto(
 
 # %% ../../nbs/99b_cli.options.ipynb #1b28db22
 def data_options(
-    command,  # From `command_of`
+    command,       # From `command_of`
+    size:int=224,  # Default of the size; None: it depends on the time
 ):
     "Add the options of the data"
     command.add_argument("folder", metavar="DIR", type=Path,
                          help="folder with one folder of images for each class, or a .csv with columns path and label")
-    command.add_argument("--size", type=whole_number, default=224, help="pixels per side")
+    command.add_argument("--size", type=whole_number, default=size, help="pixels per side" if size else
+                         "pixels per side (None: as many as there is time for, at most 224)")
     command.add_argument("--valid", type=float, default=.2, help="fraction for validation, if DIR has no valid/")
     command.add_argument("--seed", type=whole_number, default=42, help="seed of the split, the batches and the initial "
                          "weights")

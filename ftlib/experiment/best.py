@@ -24,7 +24,7 @@ from ..deploy.bundle import COMPARED, save_bundle
 from ..errors import RunError
 from ..evaluate.calibrate import Calibration, Temperature, calibrate, fit_temperature
 from ..evaluate.report import Report
-from .candidates import audit_in, body_in
+from .candidates import audit_in, body_in, images_in_time, part_of
 from .steps import Steps, images_digest
 from ..persist.transaction import preserve_modes
 from ..system.console import write_line
@@ -80,6 +80,7 @@ class AverageBeside(EMA):
 MOST_EPOCHS = 60  # Training gets no more time than so many epochs would take
 # Shares of the minutes for the steps before the training, and at most for those after it
 _AUDIT, _BODY, _IMPROVE, _COMPARE = .05, .2, .1, .03
+_TRAINING = .7    # What is left for it, about
 _WRITING = 4.     # Seconds for the report and the bundle beside predictions
 
 # %% ../../nbs/98l_experiment.best.ipynb #0e5cf670
@@ -216,7 +217,7 @@ def best_classifier(
     among=None,           # Names of pretrained classifiers, or {name: weights}; by default see `bodies_here`
     download:bool=True,   # False takes only weights that are on this machine
     folder=None,          # For the result of each step, report and bundle; the same call goes on after it was killed
-    size:int=224,         # Pixels per side
+    size:int=None,        # Pixels per side; None: as many as there is time for, at most 224
     valid:float=.2, test:float=0.,  # Fractions, as for `image_data`; a split of the source is kept
     seed:int=42, bs:int=64,         # As for `image_data`
     root=None, path=None, label=None, split=None,  # As for `image_data`
@@ -232,13 +233,24 @@ def best_classifier(
     settings = dict(images=images_digest(table), size=size, valid=valid, test=test, seed=seed, bs=bs,
                     among=_described(among), data=repr(sorted(data.items())))
     steps = Steps(minutes, folder, settings, say, begin)
-    audit = steps.run('audit', _AUDIT * steps.total, partial(audit_in, table))
+    look = partial(_audit_in_time, table, size, _TRAINING * steps.total, seed)
+    audit = steps.run('audit', _AUDIT * steps.total, look)
     dls = image_data(table.iloc[audit['rows']][['item', 'label', 'split']], path='item', label='label', split='split',
-                     size=size, valid=valid, test=test, seed=seed, bs=bs, **data)
+                     size=audit['size'], valid=valid, test=test, seed=seed, bs=bs, **data)
     if len(dls.loaders) < 2 or not len(dls.valid_ds):
         raise RunError('no image is left for validation, so nothing could be chosen or measured: give two images or '
                        'more of at least one class.')
     return _finish(_Job(steps, dls, seed, test), audit, among, download, minutes)
+
+# %% ../../nbs/98l_experiment.best.ipynb #d059f28d
+def _audit_in_time(table, size, training, seed, seconds):
+    "The audit; the size of the images, and those of them for which there is time"
+    found, line = audit_in(table, seconds)
+    good = table.iloc[found['rows']]
+    size, n = images_in_time(good['item'].tolist(), training, size)
+    rows = [found['rows'][i] for i in part_of(good, n, seed)] if n < len(good) else found['rows']
+    part = f'{len(rows):,} of the images take part' if len(rows) < len(good) else 'all take part'
+    return found | dict(rows=rows, size=size), f'{line}; {part}, at {size} pixels, for which there is time'
 
 # %% ../../nbs/98l_experiment.best.ipynb #4af1f573
 def _described(among):
