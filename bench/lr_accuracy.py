@@ -74,12 +74,14 @@ def rows(make, state, epochs, grid, seed):
 
 
 def summary(table):
-    "By state and way: mean accuracy, its share of the best of the grid (mean and worst), and the median learning rate"
+    """By state and way: mean accuracy, its share of the best of the grid (mean and worst), and the median learning
+    rate, over combinations of set and network, each of which counts with the mean of its seeds"""
     keys = ["set", "arch", "state", "seed"]
     best = table[table.way == "grid"].groupby(keys).accuracy.max().rename("best")
     table = table[table.way != "grid"].join(best, on=keys)
     table["share"] = table.accuracy / table.best
-    return table.groupby(["state", "way"], sort=False).agg(runs=("seed", "size"), accuracy=("accuracy", "mean"),
+    cells = table.groupby(["state", "way", "set", "arch"], sort=False)[["accuracy", "share", "lr"]].mean().reset_index()
+    return cells.groupby(["state", "way"], sort=False).agg(combinations=("set", "size"), accuracy=("accuracy", "mean"),
                                                            share=("share", "mean"), worst=("share", "min"),
                                                            lr=("lr", "median"))
 
