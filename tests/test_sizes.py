@@ -236,6 +236,7 @@ def test_a_network_of_timm_that_cannot_be_built_for_a_size_names_those_near_it()
     assert "cannot be built for 200×200" in said and "(size=224), or of 192 pixels" in said
     assert create_network("timm/efficientformerv2_s0", 2, weights=None, input_size=192).input_size == 192
     assert size_arguments(find_arch("timm/efficientformerv2_s0"), 200) is None
+    assert "or of 192 pixels" in message("timm/mvitv2_tiny", input_size=200)  # an index that is seen with values only
     assert "or of 32 or 64 pixels" in message("vit_b_32", input_size=48)
 
 

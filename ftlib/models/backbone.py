@@ -233,11 +233,11 @@ def backbone(arch,               # A name, a function that builds a classifier, 
     normalised with ImageNet's statistics. Raises `ArchError`, `WeightsError`."""
     if not isinstance(n_in, int) or n_in < 1: raise ArchError(f'n_in={n_in!r}: give a number of channels, 1 or more')
     a = with_hub_weights(find_arch(arch), weights)
-    if input_size: kwargs = _sized(a, input_size, weights, kwargs)
-    net = _filled(a, weights, n_in, **kwargs)
+    more = _sized(a, input_size, weights, kwargs) if input_size else {}
+    net = _filled(a, weights, n_in, **kwargs | more)
     if callable(cut): net, cut = cut(net), None
     size = input_size or a.size
-    parts, shapes = _split(net, a, n_in, size)
+    parts, shapes = _split(net, a, n_in, size, run=bool(more))
     if not shapes[-1]:
         raise ArchError(f'{a.name} gives more than one tensor, as a tuple or a dictionary of logits: give a module '
                         f'whose forward returns the one that the head is to get.')
@@ -252,12 +252,15 @@ def _sized(a, size, weights, kwargs):
     if more and weights is not None:
         _say_once(f'{a.name} {size}', f'{a.name} is built for {size}×{size} images; the positions of its weights are '
                   f'interpolated.')
-    return kwargs | more
+    return more
 
-def _split(net, a, n_in, size):
-    "Where it fails for this size, but not for others, these are named"
-    try: return split(net, n_in, size)
-    except (AssertionError, RuntimeError) as e: raise size_error(a, net, n_in, size, e) from e
+def _split(net, a, n_in, size, run):
+    "Where it fails for this size, others are named. An index out of bounds is seen with values only, so `run` it once"
+    try:
+        with torch.inference_mode():
+            if run: net(torch.zeros(1, n_in, size, size, device=next(net.parameters()).device))
+        return split(net, n_in, size)
+    except (AssertionError, IndexError, RuntimeError) as e: raise size_error(a, net, n_in, size, e) from e
 
 # %% ../../nbs/25_models.backbone.ipynb #88349c9a
 def _channels(v, n):
