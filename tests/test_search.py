@@ -294,7 +294,8 @@ LONG = np.arange(2000)  # whose text leaves out the middle
 
 
 @pytest.mark.parametrize("values", [[1, True], [0, .5, False], [2, 2.], [LONG, np.where(LONG == 999, 0, LONG)],
-                                    [lambda: 1, lambda: 2], [np.float32(.5), .5]], ids=str)
+                                    [lambda: 1, lambda: 2], [np.float32(.5), .5]],
+                         ids=["bool", "zero", "float", "arrays", "functions", "float32"])
 def test_values_that_would_be_one_are_refused(values):
     with pytest.raises(CompareError, match="told apart"): read_space({"x": values})
     named = read_space({"x": {str(i): v for i, v in enumerate(values)}})["x"]

@@ -46,6 +46,7 @@ class FitLearner(StepLearner):
     # of the last `fine_tune` without a learning rate: one row per phase, the results of `lr_find`, {phase: its weights}
     fine_tuning = sweeps = phase_weights = None
     fits_kept = {}  # {folder: number of finished fits}
+    trained_names = frozenset()  # of the parameters that fits have trained, for `save_trained`
     _fit_plan = 0, None, None  # first epoch, checkpointer, state to resume from
 
     def fit(self,

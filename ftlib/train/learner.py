@@ -58,7 +58,6 @@ def _hypers(state):
 # %% ../../nbs/64_train.learner.ipynb #1f49e785
 class Learner(LearnerMethods, PredictLearner):
     "Subclass of fastai's Learner that accepts the same arguments."
-    trained_names = frozenset()  # of the parameters that fits have trained, for `save_trained`
 
     start_sum = None  # checksum of the weights that the first fit started from
 
