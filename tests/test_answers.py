@@ -214,8 +214,8 @@ def test_metrics_that_are_no_mean_are_of_the_whole_set(dls):
     probs, y = learn.get_preds(act=learn.probabilities_of)
     wanted = [CLASSES["f1"](y, probs.argmax(1)), *(f(y, probs.argmax(1)) for f in CLASSES.values()),
               *(f(y, probs) for f in PROBABLY.values())]
-    columns = [c for c in learn.history if c not in ("phase", "epoch", "train_loss", "valid_loss", "lr", "seconds",
-                                                     "frozen", "cached", "fill_seconds", "fill_bytes")]
+    columns = [c for c in learn.history if c not in ("phase", "epoch", "train_loss", "valid_loss", "size", "lr",
+                                                     "seconds", "frozen", "cached", "fill_seconds", "fill_bytes")]
     assert columns == ["Share", "f1_score(average='macro')", "cohen_kappa_score", "balanced_accuracy_score",
                        "matthews_corrcoef", "recall_score(average='macro')", "log_loss",
                        "roc_auc_score(multi_class='ovr')"]
