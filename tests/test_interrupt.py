@@ -123,9 +123,11 @@ def check(learn, start):
     else:
         assert history.notna().all(axis=None) and not history.duplicated(["phase", "epoch"]).any()
         reached = learn.validate()[1]
-        # the head's weights come back where those of the whole network were not better beyond noise
-        assert reached in (pytest.approx(history.accuracy.max()),
-                           pytest.approx(history[history.phase == 1].accuracy.max()))
+        # The head's weights come back where those of the whole network were not better beyond noise. In the history
+        # their accuracy is of cached features, which are rounded: one image may differ
+        one = 1 / len(learn.dls.valid_ds) + 1e-6
+        assert reached in (pytest.approx(history.accuracy.max(), abs=one),
+                           pytest.approx(history[history.phase == 1].accuracy.max(), abs=one))
     assert default() and learn.opt is not None and learn.cache is True and learn.features is None
     rows = len(learn.history)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
