@@ -70,7 +70,8 @@ def _execute(args):
     """The exit code of a command. Raises `RunError` if it would write into the folder of the images, where its plots
     would be taken for those of a class"""
     folder, out = getattr(args, "folder", None), getattr(args, "out", None)
-    if folder is not None and out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+    given = all(isinstance(path, (str, Path)) for path in (folder, out))  # Another package's options may be others.
+    if given and Path(folder).is_dir() and Path(out).resolve().is_relative_to(Path(folder).resolve()):
         raise RunError(f"--out {out} is in the folder of the images, where its plots would be taken for images: name "
                        f"another.")
     return args.run(args) or 0
