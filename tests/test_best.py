@@ -324,7 +324,7 @@ def test_images_are_as_many_and_as_large_as_there_is_time_for(stripes, among, tm
     for _ in range(2):
         found = best_classifier(stripes, among=among, folder=tmp_path / "best", say=said.append, **quick)
         assert found.learn.dls.size == candidates.SIZES[0]
-    assert "20 of the images take part, at 64 pixels" in said[0]
+    assert "20 images, for which there is time, take part, at 64 pixels" in said[0]
     assert sum("kept from an earlier call" in line for line in said) == len(STEPS)
 
 

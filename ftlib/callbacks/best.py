@@ -11,11 +11,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 
 from ..metrics.metric import higher_is_better
-
-# %% ../../nbs/52_callbacks.best.ipynb #61cc6df8
-def _state_of(model):
-    "A copy of all weights and statistics on the CPU"
-    return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
+from ..persist.transaction import weights_of
 
 # %% ../../nbs/52_callbacks.best.ipynb #9f41a78b
 def stopped_with(
@@ -60,7 +56,7 @@ class BestWeights(Callback):
         self.best = {**self.best, **{c: dict(value=float(row[c]), valid_loss=float(row['valid_loss']), at=at)
                                      for c in better}}
         used = {b['at'] for b in self.best.values()}
-        self.states = {**{k: v for k, v in self.states.items() if k in used}, at: _state_of(self.learn.model)}
+        self.states = {**{k: v for k, v in self.states.items() if k in used}, at: weights_of(self.learn.model)}
 
     def lower(self, row):
         "{column that is compared: is lower better?}"

@@ -157,7 +157,8 @@ def open_image(
         if name is not x: raise
         raise ImageError(f"{name}: {e}") from e
     except _BROKEN as e:
-        raise ImageError(f"{name} cannot be decoded as an image ({type(e).__name__}: {str(e)[:200]}).") from e
+        reason = re.sub(r" <\S+ object at 0x\w+>", "", str(e))[:200]  # bytes have no name
+        raise ImageError(f"{name} cannot be decoded as an image ({type(e).__name__}: {reason}).") from e
 
 # %% ../../nbs/10_data.decode.ipynb #9181485e
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}

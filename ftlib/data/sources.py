@@ -66,6 +66,15 @@ _LIKE_SPLITS = {"val": "valid", "dev": "valid", "test": "test", "holdout": "test
 _UNREAD = {"", ".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2",
            ".svg", ".eps", ".pdf"}
 
+# %% ../../nbs/11b_data.sources.ipynb #a9e7d2c7
+def _warn_of_hidden(folders):
+    "Warn of hidden folders with images, which would be classes or splits by another name"
+    for p in (p for folder in folders for p in sorted(folder.iterdir()) if p.name.startswith(".") and p.is_dir()):
+        n = sum(map(_is_image, p.iterdir()))
+        if n:
+            warnings.warn(f"{n:,} images in {p} are left out because its name begins with a dot: rename the folder if "
+                          f"it is a class.", stacklevel=4)
+
 # %% ../../nbs/11b_data.sources.ipynb #120e6b60
 def _check_dropped(dropped, classes):
     """Warn of files in class folders that have no image suffix. Raises `DataError` for a class without any readable
@@ -92,6 +101,7 @@ def from_folder(
     if len(by_split) != len(tops) and not any(s == "train" for _, s in by_split): by_split = []
     if not by_split or len(by_split) < len(tops): _check_split_names(tops)
     rows, others, dropped = [], [], []
+    _warn_of_hidden([path, *(folder for folder, _ in by_split)])
     for folder, split in by_split or [(path, None)]:
         for file in _files(folder, seen):
             inside = file.relative_to(folder).parts

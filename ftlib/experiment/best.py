@@ -26,7 +26,7 @@ from ..evaluate.calibrate import Calibration, Temperature, calibrate, fit_temper
 from ..evaluate.report import Report
 from .candidates import audit_in, body_in, images_in_time, part_of
 from .steps import Steps, images_digest
-from ..persist.transaction import preserve_modes
+from ..persist.transaction import preserve_modes, weights_of
 from ..system.console import write_line
 from ..system.tables import write_csv
 from ..train.blend import NOW, average_weights, choose_weights
@@ -65,15 +65,13 @@ class BestClassifier:
                f'image.' if self.path else 'Its learner writes it to a file by learn.bundle("model.ftl"), and names '
                'the class of an image by learn.classify("image.jpg").')
         return (f'The classifier is right for {int(row.right)} of {int(row.total)} {kind}: {row.value:.1%}, with '
-                f'95 % confidence {row.low:.1%} to {row.high:.1%}. The network {self.learn.arch}, which knew other '
-                f'images, was trained on {n:,} of yours to tell {k} classes apart; all took '
+                f'95 % confidence {row.low:.1%} to {row.high:.1%}. The network {self.learn.arch}, '
+                f'pretrained on other images, was trained on {n:,} of yours to tell {k} classes apart; all took '
                 f'{self.steps.used.sum() / 60:.1f} of {self.minutes:g} minutes. {use}')
 
 # %% ../../nbs/98l_experiment.best.ipynb #075293d1
 class AverageBeside(EMA):
     "The moving average of the weights of the last fit, which the network itself does not get."
-    uses_images = False
-
     def after_train(self): "Leave the weights of the last step in the network"
 
 # %% ../../nbs/98l_experiment.best.ipynb #86f2beb9
@@ -86,7 +84,7 @@ _WRITING = 4.     # Seconds for the report and the bundle beside predictions
 # %% ../../nbs/98l_experiment.best.ipynb #0e5cf670
 class _Job:
     "What the steps of one call share"
-    def __init__(self, steps, dls, seed, test): self.steps, self.dls, self.seed, self.test = steps, dls, seed, test
+    def __init__(self, steps, dls, seed): self.steps, self.dls, self.seed = steps, dls, seed
 
     def build(self, name, weights):
         self.learn = vision_learner(self.dls, name, weights=weights, metrics=accuracy, seed=self.seed)
@@ -125,15 +123,12 @@ class _Job:
         epoch = self.forward * (4 * len(self.dls.train_ds) + len(self.dls.valid_ds)) + .5
         return max(min(self.steps.left - sum(self.after_training().values()), MOST_EPOCHS * epoch), 1.)
 
-# %% ../../nbs/98l_experiment.best.ipynb #ffdf11a8
-def _state(model): return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
-
 # %% ../../nbs/98l_experiment.best.ipynb #33b8110c
 def _fine_tune(learn, seconds):
     "Train, and keep the weights of both phases, their average, and the history"
     average = AverageBeside()
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(minutes=seconds / 60, cbs=average)
-    table, state = learn.fine_tuning, _state(learn.model)
+    table, state = learn.fine_tuning, weights_of(learn.model)
     phases = [f'{r.phase} {r.epochs} epoch{"s" * (r.epochs != 1)}, {r.accuracy:.1%} right' for r in table.itertuples()]
     result = dict(weights=state, phases=learn.phase_weights, table=table.to_dict('list'), rows=learn.epoch_log.rows,
                   average=None if average.average is None else
@@ -163,7 +158,7 @@ def _improve(learn, kept, judging, seconds):
     verdict, tried = table.attrs.get('verdict'), ', '.join(str(k) for k in table.index if k != NOW)
     line = f'nothing better beyond noise among {tried}'
     if taken != NOW: line = f'{taken} is better: {verdict.text}'
-    weights = _state(learn.model) if taken != NOW else None
+    weights = weights_of(learn.model) if taken != NOW else None
     table = table.reset_index(names='weights').astype({'weights': str})
     return dict(weights=weights, table=table.to_dict('list')), line
 
@@ -171,10 +166,10 @@ def _improve(learn, kept, judging, seconds):
 def _temperature(report):
     "The temperature, if it lowers the loss of images that it was not fitted to beyond noise; else 1"
     from scipy.stats import ttest_rel
+    if len(report.targets) < 20: return 1.
     scores = torch.as_tensor(np.log(np.clip(report.probs, 1e-12, 1)), dtype=torch.float64)
-    targets, losses = torch.as_tensor(report.targets).long(), {}
+    targets = torch.as_tensor(report.targets).long()
     half = torch.as_tensor(np.random.default_rng(0).permutation(len(targets)) % 2 == 0)
-    if len(targets) < 20: return 1.
     loss = partial(torch.nn.functional.cross_entropy, reduction='none')
     fitted = torch.cat([loss(scores[~h] / fit_temperature(scores[h], targets[h]), targets[~h]) for h in (half, ~half)])
     plain = torch.cat([loss(scores[~h], targets[~h]) for h in (half, ~half)])
@@ -240,7 +235,7 @@ def best_classifier(
     if len(dls.loaders) < 2 or not len(dls.valid_ds):
         raise RunError('no image is left for validation, so nothing could be chosen or measured: give two images or '
                        'more of at least one class.')
-    return _finish(_Job(steps, dls, seed, test), audit, among, download, minutes)
+    return _finish(_Job(steps, dls, seed), audit, among, download, minutes)
 
 # %% ../../nbs/98l_experiment.best.ipynb #d059f28d
 def _audit_in_time(table, size, training, seed, seconds):
@@ -249,8 +244,8 @@ def _audit_in_time(table, size, training, seed, seconds):
     good = table.iloc[found['rows']]
     size, n = images_in_time(good['item'].tolist(), training, size)
     rows = [found['rows'][i] for i in part_of(good, n, seed)] if n < len(good) else found['rows']
-    part = f'{len(rows):,} of the images take part' if len(rows) < len(good) else 'all take part'
-    return found | dict(rows=rows, size=size), f'{line}; {part}, at {size} pixels, for which there is time'
+    part = f'{len(rows):,} images, for which there is time, take part' if len(rows) < len(good) else 'all take part'
+    return found | dict(rows=rows, size=size), f'{line}; {part}, at {size} pixels'
 
 # %% ../../nbs/98l_experiment.best.ipynb #4af1f573
 def _described(among):

@@ -36,7 +36,8 @@ def audit_in(
     found = audit(part[['item', 'label', 'split']], path='item', label='label', split='split')
     same = found['detail'].astype(str).str.startswith('same pixels')
     drop = found[same & (found['problem'].eq('leak') | found['problem'].eq('duplicate') & found['split'].isna())]
-    rows = [i for i, item in enumerate(table['item']) if str(item) not in set(drop['path'])]
+    copies = set(drop['path'])
+    rows = [i for i, item in enumerate(table['item']) if str(item) not in copies]
     counts = ', '.join(f'{k} {p}' for p, k in found['problem'].value_counts().items()) or 'no problem'
     looked = f'{n:,} images' if n == len(table) else f'{n:,} of {len(table):,} images, for which there was time'
     line = f'{looked}: {counts}' + (f'; copies left out: {len(drop):,}' if len(drop) else '')

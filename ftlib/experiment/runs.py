@@ -24,7 +24,7 @@ from ..evaluate.report import Report, resolve_dl
 from ..errors import CompareError
 from ..cache.identity import identity
 from ..metrics.metric import lower_is_better
-from ..persist.transaction import eval_mode
+from ..persist.transaction import eval_mode, weights_of
 from ..errors import DamagedError
 from ..parallel.jobs import run_jobs
 from ..persist.packed import read_packed, write_packed
@@ -105,7 +105,7 @@ def _best(learn, history):
 # %% ../../nbs/94_experiment.runs.ipynb #1fbbd21c
 def _weights(learn):
     "The weights, a checksum of those that the training started from, and what builds the network"
-    return dict(weights={k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()},
+    return dict(weights=weights_of(learn.model),
                 start=learn.start_sum, built=getattr(learn.model, 'built_by', None),
                 bn=getattr(learn.model, 'bn', 'moving'))
 

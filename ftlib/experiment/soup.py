@@ -16,6 +16,7 @@ from ..deploy.bundle_file import build_network
 from ..errors import CompareError, TrainError
 from ..evaluate.report import resolve_dl
 from ..persist.packed import read_packed
+from ..persist.transaction import weights_of
 from ..train.blend import average_weights, check_same_network, rank
 from ..train.fine_tune import Verdict, compare_on_images, judge
 from ..train.learner import Learner
@@ -30,7 +31,7 @@ def greedy_soup(
     """Average the weights of those whose joining does not lower the accuracy, or at equal accuracy raise the loss; the
     mean is kept if it is better than the best network beyond noise (`.attrs['verdict']`). The learner is restored after
     an error."""
-    before = {k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()}
+    before = weights_of(learn.model)
     try: return _cook(learn, {k: s if callable(s) else lambda s=s: s for k, s in states.items()}, on)
     except BaseException:
         learn.model.load_state_dict(before)

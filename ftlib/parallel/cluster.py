@@ -82,6 +82,11 @@ def ray_cluster(
     except ImportError as e: raise TrainError("ray is not installed: pip install 'ftlib[ray]'") from e
     if not cpus > 0 or gpus < 0: raise TrainError(f'cpus={cpus!r}, gpus={gpus!r}: give more than 0, and 0 or more.')
     mine = not ray.is_initialized()
+    here = None if mine else ray.get_runtime_context().gcs_address
+    if here is not None and (kwargs or address not in (None, 'auto', here)):
+        given = ', '.join(f'{k}={v!r}' for k, v in (dict(address=address) | kwargs).items() if v is not None)
+        raise TrainError(f'this process is connected to Ray at {here} already, where {given} would do nothing: leave '
+                         f'it out, or call ray.shutdown() first.')
     if mine: ray.init(address, log_to_driver=False, logging_level='error', include_dashboard=False, **kwargs)
     register_parallel_backend('ftlib_ray', RayBackend)
     try:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['snapshot', 'preserve_attributes', 'learner_parts', 'kept_callbacks', 'preserve_modes', 'eval_mode',
            'preserve_weights', 'hooks_snapshot', 'optimizer_state', 'load_optimizer_state', 'move_to_batches',
-           'training_state', 'load_training_state', 'preserve_optimizer', 'random_states', 'restore_random_states',
-           'preserve_rng', 'preserve_learner']
+           'weights_of', 'training_state', 'load_training_state', 'preserve_optimizer', 'random_states',
+           'restore_random_states', 'preserve_rng', 'preserve_learner']
 
 # %% ../../nbs/42_persist.transaction.ipynb #37996aaa
 import copy
@@ -159,13 +159,17 @@ def move_to_batches(
     if device is not None: learn.model.to(device)
     if before != [p.device for p in params]: load_optimizer_state(learn.opt, optimizer_state(learn.opt))
 
+# %% ../../nbs/42_persist.transaction.ipynb #14ea5bc9
+def weights_of(model) -> dict:
+    "All weights and statistics of a module, copied to the CPU."
+    return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
+
 # %% ../../nbs/42_persist.transaction.ipynb #166330e4
 def training_state(
     learn,         # A learner whose optimizer has been created
 ) -> dict:         # Copies on the CPU
     "Weights, statistics and optimizer state."
-    return dict(model={k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()},
-                opt=optimizer_state(learn.opt))
+    return dict(model=weights_of(learn.model), opt=optimizer_state(learn.opt))
 
 # %% ../../nbs/42_persist.transaction.ipynb #bfa9cef8
 def load_training_state(learn, state:dict):

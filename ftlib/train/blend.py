@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import TrainError
 from ..system.console import say
 from ..system.files import checksum
+from ..persist.transaction import weights_of
 from .fine_tune import compare_on_images, judge
 
 # %% ../../nbs/62b_train.blend.ipynb #a64e5913
@@ -84,7 +85,7 @@ def choose_weights(
 ):                 # A table with one row per key and one for `NOW`; the key of the weights that the learner has now
     """Judge weights on the validation images, against those of now, and load one of them. The learner is restored after
     an error. Raises `TrainError`."""
-    now, verdicts = {k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()}, {}
+    now, verdicts = weights_of(learn.model), {}
     tried = {NOW: lambda: now} | {k: f for k, f in states.items() if k != NOW}
     try:
         found = _judged(learn, tried, until)
@@ -135,7 +136,7 @@ def blend(
     """Set the weights to (1 - a) * before + a * now (WiSE-FT, Wortsman et al. 2022), and compare them with those of now
     on the validation images. Batch-norm statistics are averaged too. Raises `TrainError`."""
     shares, old = _shares(a), _state_before(learn, before)
-    now = {k: v.detach().to('cpu', copy=True) for k, v in learn.model.state_dict().items()}
+    now = weights_of(learn.model)
     check_same_network([now, old], ['the learner', 'before'])
     if all(torch.equal(old[k].cpu(), now[k]) for k in now):
         raise TrainError('the weights from before are those that the learner has, so there is nothing between them. '

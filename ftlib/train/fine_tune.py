@@ -25,7 +25,7 @@ from ..system.console import say
 from ..callbacks.budget import Budget
 from ..callbacks.stopping import EarlyStopping
 from .sizes import check_sizes
-from ..persist.transaction import preserve_modes, preserve_rng
+from ..persist.transaction import preserve_modes, preserve_rng, weights_of
 
 # %% ../../nbs/62_train.fine_tune.ipynb #8ca2f1d7
 @dataclass
@@ -129,9 +129,6 @@ def fine_tune(
 # %% ../../nbs/62_train.fine_tune.ipynb #b793063f
 _NOT_FINITE = 'no epoch ended with a finite validation loss. Check the images for NaN, or use a lower learning rate.'
 
-# %% ../../nbs/62_train.fine_tune.ipynb #43c4aa5c
-def _copy_of(model): return {k: v.detach().to('cpu', copy=True) for k, v in model.state_dict().items()}
-
 # %% ../../nbs/62_train.fine_tune.ipynb #3ab44d90
 class _Run:
     "State of one call of `fine_tune`"
@@ -139,9 +136,9 @@ class _Run:
         self.start_time, self.budget = time.perf_counter(), None if minutes is None else Budget(minutes).minutes
         self.learn, self.lr, self.freeze_to, self.kwargs, self.sizes = learn, lr, freeze_to, kwargs, sizes
         self.rows, self.sweeps, self.head, self.forward = [], {}, None, 0.
-        self.start, self.head_weights, self.n_rows = _copy_of(learn.model), None, len(learn.epoch_log.rows)
+        self.start, self.head_weights, self.n_rows = weights_of(learn.model), None, len(learn.epoch_log.rows)
         self.phases = {}  # the weights with which each phase ended, for `blend`
-        self.validates = all(map(len, learn.dls.loaders[1:2])) and len(learn.dls.loaders) > 1
+        self.validates = len(learn.dls.loaders) > 1 and len(learn.dls.loaders[1]) > 0
 
     def train(self, epochs, freeze_epochs):
         if self.learn.opt is None: self.learn.create_opt()
@@ -180,12 +177,14 @@ class _Run:
 
     @contextmanager
     def _views_in_time(self, cached):
-        """Context manager with as many cached augmentations as can be computed within half of the head's time; without
-        cached features if one cannot. The time of a batch is measured"""
+        """Context manager with as many cached augmentations as can be computed within half of the head's time, or one
+        within all of it, since an epoch on images takes as long; else without cached features. The time of a batch is
+        measured"""
         learn, before = self.learn, (self.learn.cache, self.learn.views)
-        (read, self.forward), room = self._seconds_of_a_batch(), 60 * self.budget * _HEAD_SHARE / 2
+        (read, self.forward), room = self._seconds_of_a_batch(), 60 * self.budget * _HEAD_SHARE
         n_train, n_valid = len(learn.dls.train), len(learn.dls.valid) if self.validates else 0
-        views = [v for v in range(before[1], 0, -1) if (read + self.forward) * (v * n_train + n_valid) <= room]
+        def fits(v): return (read + self.forward) * (v * n_train + n_valid) <= (room if v == 1 else room / 2)
+        views = [v for v in range(before[1], 0, -1) if fits(v)]
         learn.cache, learn.views = (before[0], views[0]) if cached and views else (False, before[1])
         try: yield
         finally: learn.cache, learn.views = before
@@ -214,7 +213,7 @@ class _Run:
         "Store the best head, and its results on the validation set"
         best = self.learn.best_weights
         if not best.restore(): raise RunFailed(f'the head: {_NOT_FINITE}')
-        self.head, self.head_weights = judge(self.learn), _copy_of(self.learn.model)
+        self.head, self.head_weights = judge(self.learn), weights_of(self.learn.model)
         self.phases['head'] = self.head_weights
         self.before = ('the head' if best.best[best.monitor]['at'][0] == self.rows[0]['fit']
             else f'the weights from before, {best.describe()}')
@@ -288,10 +287,10 @@ class _Run:
 
     def _keep_the_better(self):
         "Restore the best weights of all epochs; those of the head if the whole network is not significantly better"
-        best, last = self.learn.best_weights, _copy_of(self.learn.model)
+        best, last = self.learn.best_weights, weights_of(self.learn.model)
         if not best.restore(): raise RunFailed(f'the whole network: {_NOT_FINITE}')
         ends_on_whole = best.best[best.monitor]['at'][0] >= self.rows[-1]['fit']
-        self.phases['whole network'] = _copy_of(self.learn.model) if ends_on_whole else last
+        self.phases['whole network'] = weights_of(self.learn.model) if ends_on_whole else last
         after = judge(self.learn) if self.head is not None and ends_on_whole else None
         verdict = compare_on_images(self.head, after) if after is not None else None
         if ends_on_whole and (verdict is None or verdict.better):
