@@ -2475,6 +2475,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'ftlib/train/fine_tune.py'),
                                        'ftlib.train.fine_tune._Run._seconds_of_a_batch': ( 'train.fine_tune.html#_run._seconds_of_a_batch',
                                                                                            'ftlib/train/fine_tune.py'),
+                                       'ftlib.train.fine_tune._Run._share_of_lr': ( 'train.fine_tune.html#_run._share_of_lr',
+                                                                                    'ftlib/train/fine_tune.py'),
                                        'ftlib.train.fine_tune._Run._train_all': ( 'train.fine_tune.html#_run._train_all',
                                                                                   'ftlib/train/fine_tune.py'),
                                        'ftlib.train.fine_tune._Run._train_head': ( 'train.fine_tune.html#_run._train_head',

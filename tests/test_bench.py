@@ -35,7 +35,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("name,args,columns", [
     ("fine_tune", TINY, {"set", "way", "accuracy", "head", "peak", "seconds"}),
-    ("lr_accuracy", (*TINY, "--grid", "1e-4", "1e-3", "2"), {"state", "way", "lr", "accuracy"}),
+    ("lr_accuracy", (*TINY, "--states", "unfrozen", "--grid", "1e-4", "1e-3", "1"), {"state", "way", "lr", "accuracy"}),
     ("stream", (*STREAM, "--rounds", "1", "--per-shard", "8", "--workers", "0"), {"set", "way", "workers", "images/s"}),
     ("batch_norm", (*TINY, "--lrs", "1e-4"), {"bn", "lr", "accuracy", "peak"}),
     ("peak", (*STREAM, "--rounds", "1", "--n", "1", "--matrix", "64"), {"way", "precision", "images/s", "share"}),

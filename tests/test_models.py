@@ -81,10 +81,10 @@ def timm_families():
         if family not in SLOW: yield f"timm/{name}", (cfg.mean, cfg.std, 2 if family in WHOLE else 3)
 
 
-PARTS = 4  # that workers share
+PARTS = 4  # of which one is looked at by `make test`, and all by `make slow`
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [*(pytest.param(i, marks=pytest.mark.slow) for i in range(PARTS - 1)), PARTS - 1])
 @pytest.mark.parametrize("expected, least", [(torchvision_classifiers, 80), (timm_families, 40)])
 def test_classifiers(expected, least, part, capsys):
     start, wanted, found = time.perf_counter(), dict(expected()), {}

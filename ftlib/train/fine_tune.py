@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
@@ -86,6 +87,9 @@ RATIO = {'still': 100, 'moving': 10}
 # Stages with less than this of the head's learning rate would hardly move, so they stay frozen: half of the stages of a
 # network with still statistics. bench/measured/frozen_stages.csv: accuracy differs by .000 ± .003 from that of 1/30
 HARDLY = 1 / 12
+# Adam's steps are as long where little is left to learn, and mostly noise there. Below this training loss of the head
+# the learning rate of the whole network falls with its square root, down to a quarter: bench/measured/fine_tune.csv
+_LITTLE_LEFT, _LEAST = .5, .25
 _HEAD_SHARE = .4  # of the minutes of a budget: at most so much for the epochs of the head, half of it for its features
 
 # %% ../../nbs/62_train.fine_tune.ipynb #12dde483
@@ -95,7 +99,7 @@ def fine_tune(
     # Maximum number of epochs of the head; by default 30 on cached features, and 1 if features cannot be cached
     freeze_epochs:int=None,
     # Learning rate of the head, half of it after a first phase; None: the head's is found by a sweep, that of the
-    # whole network is `usual_lr`, or found by a sweep where there is none
+    # whole network is `usual_lr` or less, or found by a sweep where there is none
     lr:float=None,
     # First stage that trains in the second phase, as for `learn.freeze_to`; the stages before it give cached features.
     # 'norms': norms, biases and the head train. By default all stages train but those that would hardly move
@@ -135,7 +139,7 @@ class _Run:
     def __init__(self, learn, lr, freeze_to, kwargs, minutes=None, sizes=None):
         self.start_time, self.budget = time.perf_counter(), None if minutes is None else Budget(minutes).minutes
         self.learn, self.lr, self.freeze_to, self.kwargs, self.sizes = learn, lr, freeze_to, kwargs, sizes
-        self.rows, self.sweeps, self.head, self.forward = [], {}, None, 0.
+        self.rows, self.sweeps, self.head, self.head_loss, self.forward = [], {}, None, None, 0.
         self.start, self.head_weights, self.n_rows = weights_of(learn.model), None, len(learn.epoch_log.rows)
         self.phases = {}  # the weights with which each phase ended, for `blend`
         self.validates = len(learn.dls.loaders) > 1 and len(learn.dls.loaders[1]) > 0
@@ -173,6 +177,7 @@ class _Run:
                 if self.validates and epochs > 4:
                     learn.fit(epochs, lr, **self.kwargs | dict(cbs=[*cbs, EarlyStopping(patience=3, cooldown=3)]))
                 else: learn.fit_one_cycle(epochs, lr, **self.kwargs | dict(cbs=cbs))
+        self.head_loss = learn.epoch_log.rows[-1]['train_loss']
         self._note('head', lr, start, n_rows, 'on cached features' if cached else 'on images')
 
     @contextmanager
@@ -232,8 +237,9 @@ class _Run:
             learn.freeze_to(frozen if self.freeze_to is None else self.freeze_to)
             k = learn.opt.frozen_idx
             try:
-                lr = self.lr / (2 if self.rows else 1) if self.lr else usual_lr(learn) or self._learning_rate(
-                    'whole network', ratios=ratios.tolist(), for_epochs=epochs)
+                if self.lr: lr = self.lr / (2 if self.rows else 1)
+                elif usual := usual_lr(learn): lr = usual * self._share_of_lr()
+                else: lr = self._learning_rate('whole network', ratios=ratios.tolist(), for_epochs=epochs)
                 minutes = None if self.budget is None else max(self._minutes_left(), 1e-3)
                 more = dict(cbs=[*L(self.kwargs.get('cbs')), Compared()], minutes=minutes, sizes=self.sizes)
                 learn.fit_one_cycle(epochs, (lr * ratios).tolist(), pct_start=.3, div=5., **self.kwargs | more)
@@ -242,6 +248,11 @@ class _Run:
         how = stages if self._part() is None else f'of {self._part()} and the head'
         if self.sizes is not None: how += f' at {" → ".join(map(str, self.sizes))} pixels'
         self._note('whole network', lr, start, n_rows, how)
+
+    def _share_of_lr(self):
+        "Of the usual learning rate, by what the head has left to learn of one class an image"
+        if self.head_loss is None or not isinstance(self.learn.loss_func, CrossEntropyLossFlat): return 1.
+        return float(np.clip(np.nan_to_num(self.head_loss / _LITTLE_LEFT, nan=1.) ** .5, _LEAST, 1))
 
     def _part(self):
         "What trains of the body's stages; None for all weights"
