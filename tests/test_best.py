@@ -30,7 +30,7 @@ from ftlib.experiment.crossval import cross_validate
 from ftlib.experiment.recipes import trainer
 from ftlib.experiment.soup import greedy_soup
 from ftlib.train.blend import NOW, average_weights, choose_weights
-from ftlib.train.fine_tune import judge
+from ftlib.train.judge import judge
 from ftlib.train.vision import vision_learner
 
 X, Y = load_digits(return_X_y=True)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from ftlib.system import interrupt
 from ftlib.data.images import image_data
 from ftlib.system.interrupt import TrainingStopped, check_stop, stop_between_batches
-from ftlib.train.fine_tune import Verdict
+from ftlib.train.judge import Verdict
 from ftlib.train.vision import vision_learner
 
 

@@ -70,7 +70,7 @@ _UNREAD = {"", ".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".cr3", ".nef"
 def _warn_of_hidden(folders):
     "Warn of hidden folders with images, which would be classes or splits by another name"
     for p in (p for folder in folders for p in sorted(folder.iterdir()) if p.name.startswith(".") and p.is_dir()):
-        n = sum(map(_is_image, p.iterdir()))
+        n = sum(map(_is_image, p.iterdir())) if os.access(p, os.R_OK) else 0
         if n:
             warnings.warn(f"{n:,} images in {p} are left out because its name begins with a dot: rename the folder if "
                           f"it is a class.", stacklevel=4)

@@ -18,7 +18,7 @@ from ..evaluate.report import resolve_dl
 from ..persist.packed import read_packed
 from ..persist.transaction import weights_of
 from ..train.blend import average_weights, check_same_network, rank
-from ..train.fine_tune import Verdict, compare_on_images, judge
+from ..train.judge import Verdict, compare_on_images, judge
 from ..train.learner import Learner
 from ..train.vision import vision_learner
 

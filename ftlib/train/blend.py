@@ -20,7 +20,7 @@ from ..errors import TrainError
 from ..system.console import say
 from ..system.files import checksum
 from ..persist.transaction import weights_of
-from .fine_tune import compare_on_images, judge
+from .judge import compare_on_images, judge
 
 # %% ../../nbs/62b_train.blend.ipynb #a64e5913
 def average_weights(
